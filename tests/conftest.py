@@ -1,0 +1,36 @@
+"""What every test shares: the recorded goldens and the pictures they were made from."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+GOLDENS = Path(__file__).parent / "goldens"
+CONFIGS = ("nano-tiny", "nano-small", "nano-base", "nano-base-groups", "nano-v2")
+CASES = [
+    (config, path.stem) for config in CONFIGS for path in sorted((GOLDENS / config / "cases").glob("*.json"))
+]
+
+
+def load_case(config: str, case: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """The description and the arrays of one recorded case."""
+    directory = GOLDENS / config / "cases"
+    with np.load(directory / f"{case}.npz") as arrays:
+        return json.loads((directory / f"{case}.json").read_text()), dict(arrays)
+
+
+def with_pictures(conversation: list[dict]) -> list[dict]:
+    """A recorded conversation with picture names made into paths."""
+    images = GOLDENS / "images"
+    return [
+        message | {"images": [str(images / name) for name in message.get("images", ())]} for message in conversation
+    ]
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    return GOLDENS

@@ -1,0 +1,129 @@
+"""A thin wrapper over the `tokenizers` library: special ids, plain-text encoding, streaming decoding (SPEC 4.8)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers.decoders import DecodeStream
+
+from vl2_jax.errors import CheckpointError
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
+_GROUNDING_TAG = re.compile("(" + "|".join(map(re.escape, GROUNDING_TAGS)) + ")")
+
+
+class Tokenizer:
+    """Text to ids and back.
+
+    Two encoders share one vocabulary. `encode` turns role and control tokens that stand in the text into ordinary
+    text, and keeps the meaning of the grounding tags; `encode_as_released` recognises every special token wherever
+    it stands, as the released code does.
+    """
+
+    def __init__(self, tokenizer: HfTokenizer, bos: str, eos: str, pad: str, image: str):
+        # The released processor adds what is missing, in this order, which decides the ids (SPEC 4.8).
+        for group in ([pad], [image], list(GROUNDING_TAGS), [USER, ASSISTANT]):
+            missing = [token for token in group if tokenizer.token_to_id(token) is None]
+            tokenizer.add_special_tokens(missing)
+        self._tokenizer = tokenizer
+        self._plain = HfTokenizer(tokenizer.model)
+        if tokenizer.normalizer is not None:
+            self._plain.normalizer = tokenizer.normalizer
+        if tokenizer.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = tokenizer.pre_tokenizer
+        self.bos_id, self.eos_id, self.pad_id, self.image_id = (self.id_of(t) for t in (bos, eos, pad, image))
+        self.control_ids = frozenset(
+            id_
+            for id_, token in tokenizer.get_added_tokens_decoder().items()
+            if token.special and token.content not in GROUNDING_TAGS
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, pad: str, image: str) -> Tokenizer:
+        """From `tokenizer.json` and `tokenizer_config.json`.
+
+        Raises:
+          CheckpointError: a file is missing or not a tokenizer.
+        """
+        directory = Path(directory)
+        path = directory / TOKENIZER_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} does not exist; download the tokenizer files of the model into the same directory."
+            )
+        try:
+            tokenizer = HfTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer file ({error}); download it again.") from None
+        names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
+        config_path = directory / TOKENIZER_CONFIG_FILE
+        if config_path.is_file():
+            config = json.loads(config_path.read_text(encoding="utf-8"))
+            names |= {key: _content(config[key]) for key in names if config.get(key)}
+        return cls(tokenizer, names["bos_token"], names["eos_token"], pad, image)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def id_of(self, token: str) -> int:
+        id_ = self._tokenizer.token_to_id(token)
+        if id_ is None:
+            raise CheckpointError(f"the tokenizer has no token {token!r}; it is not a DeepSeek-VL2 tokenizer.")
+        return id_
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of user-written text: grounding tags keep their meaning, any other special token is plain text."""
+        ids: list[int] = []
+        for i, part in enumerate(_GROUNDING_TAG.split(text)):
+            if i % 2:
+                ids.append(self.id_of(part))
+            elif part:
+                ids += self._plain.encode(part, add_special_tokens=False).ids
+        return ids
+
+    def encode_as_released(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def decode_answer(self, ids: Iterable[int]) -> str:
+        """Text of generated ids: grounding tags are kept, control tokens are not text."""
+        return self.decode(i for i in ids if int(i) not in self.control_ids)
+
+    def stream(self) -> AnswerStream:
+        return AnswerStream(self)
+
+
+class AnswerStream:
+    """Ids one at a time to text as it becomes complete, never half of a UTF-8 character."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._ids: list[int] = []
+        self._sent = ""
+
+    def push(self, id_: int) -> str:
+        """The text that `id_` completed, possibly empty."""
+        if id_ in self._tokenizer.control_ids:
+            return ""
+        self._ids.append(id_)
+        text = self._stream.step(self._tokenizer._tokenizer, id_) or ""
+        self._sent += text
+        return text
+
+    def finish(self) -> str:
+        """What is left at the end: bytes that never became a character, as replacement characters."""
+        return self._tokenizer.decode(self._ids)[len(self._sent) :]
+
+
+def _content(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
