@@ -247,8 +247,9 @@ class VL2Config(_HfDataclass):
         for name in ("candidate_resolutions", "tile_tag", "global_view_pos", "torch_dtype"):
             if name in data:
                 values[name] = _freeze(data[name])
-        rest = {key: copy.deepcopy(value) for key, value in data.items() if key not in (*sections, "language_config")}
-        return cls(**values, source=rest | {name: None for name in data if name not in rest})
+        # The sections keep their own source; here only their place among the keys is remembered.
+        source = {key: None if key in values and key.endswith("_config") else value for key, value in data.items()}
+        return cls(**values, source=copy.deepcopy(source))
 
     def to_hf(self) -> dict[str, Any]:
         data = super().to_hf()

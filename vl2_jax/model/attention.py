@@ -1,0 +1,168 @@
+"""Self-attention of the decoder: latent (MLA) and multi-head (MHA), with and without a cache (SPEC 5.2, 5.3).
+
+B batch, T query positions, S cache positions, D model width, H heads, K head width, R latent rank, P rope width.
+A cache holds position s of every sequence in slot s, so that a mask needs nothing but positions.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+from vl2_jax.config import LanguageConfig
+from vl2_jax.model.layers import Dtype, Linear, RMSNorm, attend, declare, softmax
+from vl2_jax.model.rope import rotate, softmax_scale
+
+_LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
+
+LayerCache = tuple[Array, ...]
+
+
+class LatentAttention(nn.Module):
+    """Keys and values of all heads come from one latent row a token, which is all that the cache holds.
+
+    One weight set, two forms. Expanded: keys and values of every head are computed from the latents. Absorbed: the
+    key projection moves to the queries and the value projection to the output, so that heads attend to the latents
+    themselves. They are equal up to rounding; `absorbed=None` takes the one with fewer operations.
+    """
+
+    config: LanguageConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tables: tuple[Array, Array],
+        mask: Bool[Array, "B T S"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None = None,
+        absorbed: bool | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        config = self.config
+        heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        rank, value_dim = config.kv_lora_rank, config.v_head_dim
+        assert rank is not None
+        init = nn.initializers.normal(config.initializer_range)
+
+        def linear(features: int, axes: tuple[str | None, str | None], name: str) -> Linear:
+            return Linear(features, axes, self.dtype, self.param_dtype, kernel_init=init, name=name)
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(_LATENT_NORM_EPS, self.dtype, self.param_dtype, name=name)
+
+        if config.q_lora_rank is None:
+            queries = linear(heads * (nope + rope), ("embed", "heads"), "q_proj")(x)
+        else:
+            low_rank = norm("q_a_layernorm")(linear(config.q_lora_rank, ("embed", None), "q_a_proj")(x))
+            queries = linear(heads * (nope + rope), (None, "heads"), "q_b_proj")(low_rank)
+        queries = rearrange(queries, "b t (h k) -> b t h k", h=heads)
+        q_nope, q_rope = queries[..., :nope], rotate(queries[..., nope:], *tables, interleaved=True)
+
+        compressed = linear(rank + rope, ("embed", None), "kv_a_proj_with_mqa")(x)
+        latent = norm("kv_a_layernorm")(compressed[..., :rank])
+        k_rope = rotate(compressed[..., None, rank:], *tables, interleaved=True)[:, :, 0]
+        rows = jnp.concatenate([latent, k_rope], axis=-1)
+        if cache is not None:
+            cache = (write_cache(cache[0], rows, positions, axis=1),)
+            rows = cache[0]
+
+        kv_b = declare(
+            self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype
+        )
+        kv_b = rearrange(kv_b.astype(self.dtype), "r (h k) -> r h k", h=heads)
+        scale = softmax_scale(config)
+        if absorbed is None:
+            absorbed = cache is not None and x.shape[1] < _absorbed_below(config)
+        with jax.named_scope("absorbed_attention" if absorbed else "expanded_attention"):
+            if absorbed:
+                q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, kv_b[..., :nope])
+                q_rows = jnp.concatenate([q_latent, q_rope], axis=-1)
+                scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
+                probabilities = softmax(scores, mask).astype(self.dtype)
+                mixed = jnp.einsum("bhts,bsr->bthr", probabilities, rows[..., :rank])
+                out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
+            else:
+                expanded = jnp.einsum("bsr,rhk->bshk", rows[..., :rank], kv_b)
+                shared = jnp.broadcast_to(rows[:, :, None, rank:], (*expanded.shape[:3], rope))
+                keys = jnp.concatenate([expanded[..., :nope], shared], axis=-1)
+                queries = jnp.concatenate([q_nope, q_rope], axis=-1)
+                out = attend(queries, keys, expanded[..., nope:], mask, scale)
+        out = rearrange(out, "b t h v -> b t (h v)")
+        return linear(config.hidden_size, ("heads", "embed"), "o_proj")(out), cache
+
+
+class MultiHeadAttention(nn.Module):
+    """Plain attention with rotary embeddings over the whole head (SPEC 5.3)."""
+
+    config: LanguageConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tables: tuple[Array, Array],
+        mask: Bool[Array, "B T S"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None = None,
+        absorbed: bool | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        del absorbed  # there is one form only
+        config = self.config
+        heads = config.num_attention_heads
+        init = nn.initializers.normal(config.initializer_range)
+
+        def linear(axes: tuple[str, str], name: str) -> Linear:
+            return Linear(config.hidden_size, axes, self.dtype, self.param_dtype, kernel_init=init, name=name)
+
+        queries, keys, values = (
+            rearrange(linear(("embed", "heads"), name)(x), "b t (h k) -> b t h k", h=heads)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        queries, keys = (rotate(rows, *tables, interleaved=False) for rows in (queries, keys))
+        if cache is not None:
+            # [B, H, S, K]: the two last axes fill a TPU's tiles whatever the number of heads.
+            new = (rearrange(rows, "b t h k -> b h t k") for rows in (keys, values))
+            cache = tuple(write_cache(old, rows, positions, axis=2) for old, rows in zip(cache, new))
+            keys, values = (rearrange(rows, "b h s k -> b s h k") for rows in cache)
+        out = attend(queries, keys, values, mask, softmax_scale(config))
+        out = rearrange(out, "b t h k -> b t (h k)")
+        return linear(("heads", "embed"), "o_proj")(out), cache
+
+
+def write_cache(cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int) -> Array:
+    """The cache with new rows in the slots of their positions.
+
+    One row a sequence goes wherever that sequence is; more rows are consecutive and start at the same position.
+    """
+    if positions.shape[1] == 1:
+        batch = jnp.arange(positions.shape[0])
+        index = (batch, positions[:, 0]) if axis == 1 else (batch, slice(None), positions[:, 0])
+        return cache.at[index].set(jnp.squeeze(rows, axis).astype(cache.dtype))
+    return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), positions[0, 0], axis)
+
+
+def init_layer_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> LayerCache:
+    """An empty cache of one layer: `[B, S, R + P]` for latent attention, two `[B, H, S, K]` for multi-head."""
+    if config.use_mla:
+        return (jnp.zeros((batch, length, config.cache_width), dtype),)
+    shape = (batch, config.num_key_value_heads, length, config.head_dim)
+    return (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _absorbed_below(config: LanguageConfig) -> float:
+    """Query positions below which the absorbed form needs fewer operations than the expanded one.
+
+    Per cache row and head: absorbed T (2 R + P); expanded T (nope + P + V) and once R (nope + V).
+    """
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    nope, value_dim = config.qk_nope_head_dim, config.v_head_dim
+    assert rank is not None
+    extra = 2 * rank - nope - value_dim
+    return float("inf") if extra <= 0 else rank * (nope + value_dim) / extra

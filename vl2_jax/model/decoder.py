@@ -1,0 +1,135 @@
+"""The language model: pre-norm decoder layers with dense or mixture-of-experts feed-forward parts (SPEC 5).
+
+B batch, T query positions, S cache positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vl2_jax.config import LanguageConfig
+from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, init_layer_cache
+from vl2_jax.model.layers import Dtype, GatedMLP, Linear, RMSNorm, declare
+from vl2_jax.model.moe import MoE, Routing
+from vl2_jax.model.rope import rotary_tables
+
+Cache = tuple[LayerCache, ...]
+
+
+class DecoderOutput(NamedTuple):
+    hidden: Float[Array, "B T D"]  # after the last norm
+    cache: Cache | None
+    routings: tuple[Routing, ...]  # one a mixture-of-experts layer
+
+
+class Decoder(nn.Module):
+    config: LanguageConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    def setup(self) -> None:
+        config = self.config
+        shape = (config.vocab_size, config.hidden_size)
+        init = nn.initializers.normal(config.initializer_range)
+        self.embedding = declare(self, "embed_tokens", init, shape, ("vocab", "embed"), self.param_dtype)
+        self.layers = [
+            DecoderLayer(config, config.is_moe_layer(i), self.dtype, self.param_dtype)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype)
+        axes = ("embed", "vocab")
+        self.lm_head = Linear(config.vocab_size, axes, self.dtype, self.param_dtype, kernel_init=init)
+
+    def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        absorbed: bool | None = None,
+    ) -> DecoderOutput:
+        """Runs all layers.
+
+        Args:
+          x: embeddings of text and pictures.
+          positions: position of every row in its sequence; with a cache also the slot it is written to.
+          segments: without a cache, the document that a position belongs to, 0 for padding; documents do not see
+            each other. `None` is one document.
+          cache: rows of the positions before; a query sees the slots up to its own position.
+          absorbed: see `LatentAttention`.
+        """
+        mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
+        tables = rotary_tables(self.config, positions)
+        new_cache, routings = [], []
+        for i, layer in enumerate(self.layers):
+            layer_cache = None if cache is None else cache[i]
+            x, layer_cache, routing = layer(x, tables, mask, positions, layer_cache, absorbed)
+            self.sow("intermediates", "layer_out", x)
+            new_cache.append(layer_cache)
+            if routing is not None:
+                routings.append(routing)
+        updated = None if cache is None else tuple(new_cache)
+        return DecoderOutput(self.norm(x), updated, tuple(routings))  # type: ignore[arg-type]
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 logits; the product itself is in `dtype`, as released (SPEC 5)."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+
+class DecoderLayer(nn.Module):
+    config: LanguageConfig
+    is_moe: bool
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        tables: tuple[Array, Array],
+        mask: Bool[Array, "B T S"],
+        positions: Int[Array, "B T"],
+        cache: LayerCache | None,
+        absorbed: bool | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
+        config = self.config
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+
+        kind = LatentAttention if config.use_mla else MultiHeadAttention
+        attention = kind(config, self.dtype, self.param_dtype, name="self_attn")
+        mixed, cache = attention(norm("input_layernorm")(x), tables, mask, positions, cache, absorbed)
+        x += mixed
+        normed = norm("post_attention_layernorm")(x)
+        if self.is_moe:
+            out, routing = MoE(config, self.dtype, self.param_dtype, name="mlp")(normed)
+            return x + out, cache, routing
+        init = nn.initializers.normal(config.initializer_range)
+        mlp = GatedMLP(config.intermediate_size, self.dtype, self.param_dtype, init, name="mlp")
+        return x + mlp(normed), cache, None
+
+
+def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> Cache:
+    """An empty cache with room for `length` positions of every sequence."""
+    return tuple(init_layer_cache(config, batch, length, dtype) for _ in range(config.num_hidden_layers))
+
+
+def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:
+    length = positions.shape[1]
+    causal = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segments is None:
+        return causal
+    return causal & (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+
+
+def _cache_mask(config: LanguageConfig, positions: Int[Array, "B T"], cache: Cache) -> Bool[Array, "B T S"]:
+    slots = cache[0][0].shape[1 if config.use_mla else 2]
+    return jnp.arange(slots) <= positions[:, :, None]

@@ -1,0 +1,125 @@
+"""The mixture-of-experts layer: router, routed experts, shared experts (SPEC 5.6).
+
+B batch, T positions, D model width, E experts, F expert width, k experts a token. The router is float32 throughout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from vl2_jax.config import LanguageConfig
+from vl2_jax.model.layers import Dtype, GatedMLP, declare
+from vl2_jax.ops.expert_ffn.api import expert_ffn
+
+
+class Routing(NamedTuple):
+    """What one router decided."""
+
+    expert_ids: Int[Array, "B T k"]
+    weights: Float[Array, "B T k"]  # after normalising and scaling
+    scores: Float[Array, "B T E"]  # softmax or sigmoid of the logits, without the correction bias
+
+
+class MoE(nn.Module):
+    config: LanguageConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
+        config = self.config
+        experts, width, hidden = config.n_routed_experts, x.shape[-1], config.moe_intermediate_size
+        assert experts is not None
+        init = nn.initializers.normal(config.initializer_range)
+        routing = Router(config, self.param_dtype, name="gate")(x)
+
+        def stacked(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
+            kernel = declare(self, name, init, (experts, *shape), ("expert", *axes), self.param_dtype)
+            return kernel.astype(self.dtype)
+
+        with jax.named_scope("routed_experts"):
+            routed = expert_ffn(
+                x.reshape(-1, width),
+                stacked("experts_gate_proj", (width, hidden), ("embed", "expert_mlp")),
+                stacked("experts_up_proj", (width, hidden), ("embed", "expert_mlp")),
+                stacked("experts_down_proj", (hidden, width), ("expert_mlp", "embed")),
+                routing.expert_ids.reshape(-1, routing.expert_ids.shape[-1]),
+                routing.weights.reshape(-1, routing.weights.shape[-1]),
+            ).reshape(x.shape)
+        if config.n_shared_experts:
+            shared_width = config.n_shared_experts * hidden
+            shared = GatedMLP(shared_width, self.dtype, self.param_dtype, init, name="shared_experts")
+            routed += shared(x)
+        return routed, routing
+
+
+class Router(nn.Module):
+    config: LanguageConfig
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Routing:
+        config = self.config
+        assert config.n_routed_experts is not None
+        shape = (x.shape[-1], config.n_routed_experts)
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(-1/sqrt(D), 1/sqrt(D))
+        kernel = declare(self, "kernel", init, shape, ("embed", None), self.param_dtype)
+        bias = None
+        if config.topk_method == "noaux_tc":
+            bias = declare(self, "correction_bias", nn.initializers.zeros, shape[1:], (None,), jnp.float32)
+        logits = jnp.einsum(
+            "btd,de->bte", x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+        return route(config, logits, bias)
+
+
+def route(config: LanguageConfig, logits: Float[Array, "B T E"], bias: Float[Array, " E"] | None) -> Routing:
+    """The experts of every token and their weights, from the router's logits."""
+    scores = jax.nn.softmax(logits, axis=-1) if config.scoring_func == "softmax" else jax.nn.sigmoid(logits)
+    k, groups = config.num_experts_per_tok, config.n_group or 1
+    assert k is not None
+    choice = scores if bias is None else scores + jax.lax.stop_gradient(bias)
+    if config.topk_method != "greedy":
+        grouped = choice.reshape(*choice.shape[:-1], groups, -1)
+        if config.topk_method == "noaux_tc":
+            group_score = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+        else:
+            group_score = grouped.max(axis=-1)
+        kept = jax.lax.top_k(group_score, config.topk_group)[1]
+        keep = jax.nn.one_hot(kept, groups, dtype=bool).any(axis=-2)
+        # Experts of other groups get 0.0, which a negative biased score loses to: the released rule (SPEC 10.4, 36).
+        choice = jnp.where(keep[..., None], grouped, 0.0).reshape(choice.shape)
+    _, expert_ids = jax.lax.top_k(choice, k)
+    # group_limited_greedy weighs with the masked scores, noaux_tc with the raw ones.
+    weighed = choice if config.topk_method == "group_limited_greedy" else scores
+    weights = jnp.take_along_axis(weighed, expert_ids, axis=-1)
+    if config.norm_topk_prob and k > 1:
+        weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_ids, weights * config.routed_scaling_factor, scores)
+
+
+def balance_loss(
+    config: LanguageConfig, routing: Routing, counted: Bool[Array, "B T"] | None = None
+) -> Float[Array, ""]:
+    """The auxiliary loss that keeps experts evenly loaded (SPEC 5.6); no gradient flows through the counts.
+
+    Args:
+      counted: positions that count. The released code counts padding too, which is `None`.
+    """
+    experts, k = config.n_routed_experts, config.num_experts_per_tok
+    assert experts is not None
+    assert k is not None
+    if counted is None:
+        counted = jnp.ones(routing.scores.shape[:2], bool)
+    weight = counted.astype(jnp.float32)[..., None]
+    picks = jax.nn.one_hot(routing.expert_ids, experts).sum(axis=2) * weight
+    axes = (1,) if config.seq_aux else (0, 1)
+    tokens = jnp.maximum(weight.sum(axis=axes), 1.0)
+    load = jax.lax.stop_gradient(picks.sum(axis=axes) * experts / (tokens * k))
+    mean_score = (routing.scores * weight).sum(axis=axes) / tokens
+    return config.aux_loss_alpha * jnp.mean(jnp.sum(load * mean_score, axis=-1))

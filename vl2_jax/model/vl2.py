@@ -1,0 +1,136 @@
+"""DeepSeek-VL2: tiles and token ids to logits.
+
+    tiles --vision--> features --projector--> [newline; separator; tokens of tile 0; ...]   the visual table
+    ids ---embed----> text rows ----------------------------+-- visual_index picks its rows --> x --decoder--> logits
+
+B batch, T positions, I tiles, S pixels along a tile's side, M tokens of a tile, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from vl2_jax.config import VL2Config
+from vl2_jax.model.decoder import Cache, Decoder, DecoderOutput
+from vl2_jax.model.layers import Dtype, declare
+from vl2_jax.model.moe import Routing
+from vl2_jax.model.projector import Projector
+from vl2_jax.model.vision import VisionTower
+
+Params = Mapping[str, Any]
+
+
+class ForwardOutput(NamedTuple):
+    logits: Float[Array, "B T V"]
+    routings: tuple[Routing, ...]
+
+
+class VL2Model(nn.Module):
+    """The whole network. `model.apply({"params": params}, ..., method=...)` is a pure function of its arguments."""
+
+    config: VL2Config
+    dtype: Dtype = jnp.bfloat16
+    param_dtype: Dtype = jnp.bfloat16
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def setup(self) -> None:
+        config = self.config
+        self.vision = VisionTower(config.vision_config, self.dtype, self.param_dtype)
+        self.projector = Projector(config.projector_config, self.dtype, self.param_dtype)
+        self.language = Decoder(config.language_config, self.dtype, self.param_dtype)
+        width = config.language_config.hidden_size
+        init = nn.initializers.normal(width**-0.5)
+        self.image_newline = declare(self, "image_newline", init, (width,), ("embed",), self.param_dtype)
+        self.view_separator = declare(self, "view_separator", init, (width,), ("embed",), self.param_dtype)
+
+    def encode_tiles(self, tiles: UInt8[Array, "I S S 3"]) -> Float[Array, "I M D"]:
+        """The tokens of every tile. Pixels travel to the device as bytes and are normalised there."""
+        with jax.named_scope("normalise"):
+            scaled = tiles.astype(jnp.float32) / 255
+            pixels = (scaled - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
+        features = self.vision(pixels)
+        self.sow("intermediates", "vision_out", features)
+        tokens = self.projector(features)
+        self.sow("intermediates", "projector_out", tokens)
+        return tokens
+
+    def embed(
+        self,
+        input_ids: Int[Array, "B T"],
+        visual_index: Int[Array, "B T"] | None = None,
+        tile_tokens: Float[Array, "I M D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Rows of text and pictures, merged by one gather from the visual table (`processing.tiling`)."""
+        x = self.language.embed(input_ids)
+        if visual_index is None or tile_tokens is None:
+            return x
+        layout = jnp.stack([self.image_newline, self.view_separator]).astype(self.dtype)
+        table = jnp.concatenate([layout, tile_tokens.reshape(-1, x.shape[-1])])
+        rows = jnp.take(table, jnp.maximum(visual_index, 0), axis=0)
+        return jnp.where((visual_index >= 0)[..., None], rows, x)
+
+    def decode(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        absorbed: bool | None = None,
+    ) -> DecoderOutput:
+        """See `Decoder.__call__`."""
+        return self.language(x, positions, segments, cache, absorbed)
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        return self.language.logits(hidden)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+        tiles: UInt8[Array, "I S S 3"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        absorbed: bool | None = None,
+    ) -> ForwardOutput:
+        """Logits of every position, without a cache: for training and for scoring."""
+        tile_tokens = self.encode_tiles(tiles) if tiles is not None and len(tiles) else None
+        x = self.embed(input_ids, visual_index, tile_tokens)
+        self.sow("intermediates", "inputs_embeds", x)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        out = self.decode(x, positions, segments, absorbed=absorbed)
+        self.sow("intermediates", "final_norm_out", out.hidden)
+        return ForwardOutput(self.logits(out.hidden), out.routings)
+
+
+def abstract_boxed_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Any:
+    """Shape, dtype and logical axes of every parameter, at no memory cost."""
+    model = VL2Model(config, param_dtype, param_dtype)
+    size = config.vision_config.image_size
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tiles = jax.ShapeDtypeStruct((1, size, size, 3), jnp.uint8)
+
+    def init(key: Array, ids: Array, tiles: Array) -> Any:
+        return model.init(key, ids, None, ids, tiles)["params"]
+
+    return jax.eval_shape(init, jax.random.key(0), ids, tiles)
+
+
+def abstract_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Params:
+    """`jax.ShapeDtypeStruct` of every parameter, as nested dictionaries."""
+    return nn.unbox(abstract_boxed_params(config, param_dtype))
+
+
+def init_params(config: VL2Config, key: Array, param_dtype: Dtype = jnp.float32) -> Params:
+    """Random parameters, initialised as the released classes do (SPEC 2.4, 5.8)."""
+    model = VL2Model(config, param_dtype, param_dtype)
+    size = config.vision_config.image_size
+    ids, tiles = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3), jnp.uint8)
+    return nn.unbox(jax.jit(lambda key: model.init(key, ids, None, ids, tiles)["params"])(key))
