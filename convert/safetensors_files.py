@@ -8,7 +8,7 @@ the library can only write a file whose tensors are all in memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,3 @@ def layout_file(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> tupl
     return head, {name: (len(head) + begin, size) for name, (begin, size) in ranges.items()}
 
 
-def iterate_sorted(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, TensorEntry]]:
-    """Tensors in the order of their bytes on disk."""
-    return iter(sorted(entries.items(), key=lambda item: (item[1].file, item[1].offset)))

@@ -1,0 +1,247 @@
+"""The converted checkpoint: an Orbax tree that is written and read piece by piece, and a manifest that vouches for it.
+
+    DIR/config.json, tokenizer.json, ...    the source's small files, byte for byte
+    DIR/params/                             Orbax, one folder a parameter, its bytes uncompressed
+    DIR/manifest.json                       dtype, shape and checksum of every parameter; size and checksum of every file
+
+Orbax and safetensors restore a flipped bit without a word, so the manifest is checked at every load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import xxhash
+
+from convert.weight_map import Leaf, unflatten
+from vl2_jax.errors import CheckpointError
+
+MANIFEST_FILE = "manifest.json"
+PARAMS_FOLDER = "params"
+_BLOCK = 1 << 24
+
+Report = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """No progress report."""
+
+
+def is_converted(directory: Path) -> bool:
+    return (directory / PARAMS_FOLDER).is_dir() or (directory / MANIFEST_FILE).is_file()
+
+
+def pieces(leaves: Iterable[Leaf]) -> list[list[Leaf]]:
+    """Parameters in the groups that are written and read together: a layer, or a part of the model."""
+    groups: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        groups.setdefault("/".join(leaf.path.split("/")[:2]), []).append(leaf)
+    return list(groups.values())
+
+
+def write_piece(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    ocp = _orbax()
+    with _context():
+        ocp.partial.save(str((directory / PARAMS_FOLDER).absolute()), unflatten(arrays))
+
+
+def finish(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
+    """Closes the Orbax tree and writes the manifest."""
+    ocp = _orbax()
+    with _context():
+        ocp.partial.finalize(str((directory / PARAMS_FOLDER).absolute()))
+    write_manifest(directory, tensors)
+
+
+def write_manifest(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
+    """`manifest.json` for the files that stand in `directory`; parameters' own bytes are vouched for by `tensors`."""
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path.name != MANIFEST_FILE:
+            entry: dict[str, Any] = {"size": path.stat().st_size}
+            if not _holds_tensor(path):
+                entry["xxh3"] = _checksum_of_file(path)
+            files[path.relative_to(directory).as_posix()] = entry
+    body = {"format": 1, "files": files, "tensors": dict(tensors)}
+    body["xxh3"] = _checksum_of_json(body)
+    temporary = directory / f".{MANIFEST_FILE}.new"
+    temporary.write_text(json.dumps(body, indent=1))
+    os.replace(temporary, directory / MANIFEST_FILE)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, after checking it against itself.
+
+    Raises:
+      CheckpointError: it is missing or damaged.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing, so nothing vouches for this checkpoint; convert it again, or load with verify=False."
+        )
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        stated = body.pop("xxh3")
+        if stated != _checksum_of_json(body):
+            raise ValueError("its checksum does not match")
+    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); convert the model again.") from None
+    return body
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Compares every file with the manifest, parameters' bytes by size only.
+
+    Raises:
+      CheckpointError: naming every file that is missing or changed.
+    """
+    problems = []
+    for name, entry in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry["size"]:
+            problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry['size']}")
+        elif "xxh3" in entry and _checksum_of_file(path) != entry["xxh3"]:
+            problems.append(f"{name} is damaged (its checksum does not match)")
+    if problems:
+        raise CheckpointError(listing(f"{directory} was damaged", problems))
+
+
+def describe(array: np.ndarray) -> dict[str, Any]:
+    """The manifest's entry of a parameter."""
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "xxh3": checksum(array)}
+
+
+def checksum(array: np.ndarray) -> str:
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def read_pieces(directory: Path, leaves: list[Leaf], verify: bool, report: Report) -> Iterator[dict[str, np.ndarray]]:
+    """The parameters of a converted checkpoint, a piece at a time, in the order of `leaves`.
+
+    Raises:
+      CheckpointError: a file or a parameter differs from the manifest, naming it.
+    """
+    manifest = read_manifest(directory) if verify else None
+    if manifest is not None:
+        check_files(directory, manifest)
+    ocp = _orbax()
+    root = str((directory / PARAMS_FOLDER).absolute())
+    total, done = sum(int(np.prod(leaf.shape)) for leaf in leaves), 0
+    for group in pieces(leaves):
+        wanted = unflatten({leaf.path: np.ndarray for leaf in group})
+        try:
+            with _context():
+                tree = ocp.load(root, wanted)
+        except Exception as error:  # whatever Orbax meets in a damaged tree
+            raise CheckpointError(
+                f"{directory} cannot be read ({str(error).splitlines()[0]}); convert it again."
+            ) from None
+        arrays = {leaf.path: _at(tree, leaf.path) for leaf in group}
+        for leaf in group:
+            array = arrays[leaf.path]
+            if tuple(array.shape) != leaf.shape:
+                raise CheckpointError(
+                    f"{leaf.path} has shape {list(array.shape)}, expected {list(leaf.shape)}; "
+                    f"config.json and the parameters of {directory} do not belong together."
+                )
+            if manifest is not None and checksum(array) != manifest["tensors"].get(leaf.path, {}).get("xxh3"):
+                raise CheckpointError(
+                    f"{leaf.path} of {directory} is damaged (its checksum does not match); convert the model again."
+                )
+            done += array.size
+        report("loading", done, total)
+        yield arrays
+
+
+def replace_directory(new: Path, final: Path) -> None:
+    """Gives a finished directory its name, all of it on disk first: a crash leaves either nothing or everything."""
+    for path in new.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    os.rename(new, final)
+
+
+def unfinished_directory(final: Path) -> Path:
+    """A fresh place to write what will become `final`; what an interrupted run left there is removed.
+
+    Raises:
+      CheckpointError: `final` exists already.
+    """
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(f"{final} exists already; remove it or choose another destination.")
+    if final.exists():
+        final.rmdir()
+    new = final.with_name(f".{final.name}.unfinished")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    return new
+
+
+def listing(heading: str, problems: list[str], most: int = 50) -> str:
+    rest = [f"... and {len(problems) - most} more"] if len(problems) > most else []
+    return "\n  ".join([f"{heading} ({len(problems)} problem(s)):", *problems[:most], *rest])
+
+
+def dtype_of(name: str) -> np.dtype:
+    """A NumPy dtype by name, bfloat16 included.
+
+    Raises:
+      CheckpointError: a dtype that weights cannot have.
+    """
+    names = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+    if name not in names:
+        raise CheckpointError(f"dtype {name!r} is not supported; choose one of {', '.join(names)}.")
+    return np.dtype(names[name])
+
+
+def _holds_tensor(path: Path) -> bool:
+    """A chunk of a parameter: Orbax names it by its place, "0.0.0", beside the array's `.zarray`."""
+    return (path.parent / ".zarray").is_file() and path.name.replace(".", "").isdigit()
+
+
+def _checksum_of_file(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum_of_json(body: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+
+
+def _at(tree: Mapping[str, Any], path: str) -> np.ndarray:
+    node: Any = tree
+    for name in path.split("/"):
+        node = node[name]
+    return np.asarray(node)
+
+
+def _orbax() -> Any:
+    from absl import logging
+    from orbax.checkpoint import v1
+
+    logging.set_verbosity(logging.ERROR)
+    return v1
+
+
+def _context() -> Any:
+    """Raw bytes, one folder a parameter: what is on disk is what the manifest's checksums are of."""
+    context = _orbax().Context()
+    saving = context.array.saving
+    saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False
+    context.pytree.loading.partial_load = True
+    return context

@@ -1,0 +1,111 @@
+"""A converted checkpoint back to the released Hugging Face layout, tensor for tensor."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint import (
+    Report,
+    checksum,
+    dtype_of,
+    is_converted,
+    read_manifest,
+    read_pieces,
+    replace_directory,
+    silent,
+    unfinished_directory,
+    write_manifest,
+)
+from convert.from_torch import copy_small_files
+from convert.safetensors_files import INDEX_FILE, layout_file
+from convert.weight_map import Leaf, plan
+from vl2_jax.config import read_config
+from vl2_jax.errors import CheckpointError
+
+_LARGEST_FILE = 8 * 2**30
+_SINGLE_FILE = "model.safetensors"
+
+
+def export(source: Path, destination: Path, report: Report = silent) -> None:
+    """Writes the released layout of a converted checkpoint: safetensors, index, configuration and tokenizer.
+
+    The files are laid out as the index says that came with the checkpoint, or by size where it had none.
+
+    Raises:
+      CheckpointError: the source is not a converted checkpoint or was damaged, or the destination exists.
+    """
+    if not is_converted(source):
+        raise CheckpointError(f"{source} is not a converted checkpoint; `vl2 convert` makes one.")
+    manifest = read_manifest(source)
+    leaves = plan(read_config(source))
+    dtypes = {leaf.path: dtype_of(manifest["tensors"][leaf.path]["dtype"]) for leaf in leaves}
+    new = unfinished_directory(destination)
+    copy_small_files(source, new)
+    ranges = _create_files(new, leaves, dtypes)
+    checksums = {}
+    for arrays in read_pieces(source, leaves, verify=True, report=report):
+        for leaf in leaves:
+            if leaf.path not in arrays:
+                continue
+            for key, tensor in leaf.split(arrays[leaf.path]).items():
+                contiguous = np.ascontiguousarray(tensor)
+                file, offset = ranges[key]
+                with file.open("r+b") as stream:
+                    stream.seek(offset)
+                    stream.write(contiguous.view(np.uint8).data if contiguous.size else b"")
+                checksums[key] = {"xxh3": checksum(contiguous)}
+    write_manifest(new, checksums)
+    replace_directory(new, destination)
+
+
+def _create_files(
+    directory: Path, leaves: list[Leaf], dtypes: dict[str, np.dtype]
+) -> dict[str, tuple[Path, int]]:
+    """Writes the headers of all files and tells where each tensor's bytes go."""
+    tensors = {key: (dtypes[leaf.path], leaf.torch_shape) for leaf in leaves for key in leaf.keys}
+    by_file: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = defaultdict(dict)
+    for key, file in _placement(directory, tensors).items():
+        by_file[file][key] = tensors[key]
+    places = {}
+    for name, members in by_file.items():
+        path = directory / name
+        header, ranges = layout_file(members)
+        with path.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(max((begin + size for begin, size in ranges.values()), default=len(header)))
+        places |= {key: (path, begin) for key, (begin, _) in ranges.items()}
+    return places
+
+
+def _placement(directory: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ...]]]) -> dict[str, str]:
+    """Released key -> file name."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if set(placed) == set(tensors):
+            return placed
+        index.unlink()
+    sizes = {key: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for key, (dtype, shape) in tensors.items()}
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for key, size in sizes.items():
+        if shards[-1] and filled + size > _LARGEST_FILE:
+            shards.append([])
+            filled = 0
+        shards[-1].append(key)
+        filled += size
+    if len(shards) == 1:
+        return dict.fromkeys(tensors, _SINGLE_FILE)
+    count = len(shards)
+    placed = {
+        key: f"model-{number:05d}-of-{count:06d}.safetensors"
+        for number, keys in enumerate(shards, 1)
+        for key in keys
+    }
+    body = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
+    index.write_text(json.dumps(body, indent=2))
+    return placed
