@@ -1,0 +1,187 @@
+"""The public face: `load` a model directory, ask it questions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from convert.checkpoint import Report, dtype_of, is_converted, silent
+from convert.checkpoint import read_pieces as read_converted
+from convert.from_torch import CORRECTION_BIAS, checked_entries
+from convert.from_torch import read_pieces as read_released
+from convert.weight_map import plan, unflatten
+from vl2_jax.config import CONFIG_FILE, VL2Config, read_config
+from vl2_jax.errors import CheckpointError
+from vl2_jax.inference.generate import Answer, Generator, Memory, bucket, matmul_precision
+from vl2_jax.inference.sampling import SamplingOptions
+from vl2_jax.model.vl2 import Params, VL2Model
+from vl2_jax.processing.batch import Batch, Processor, as_conversations
+from vl2_jax.processing.conversation import Conversation
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | None = None,
+    verify: bool = True,
+    chunk_size: int = 512,
+    report: Report = silent,
+) -> VL2:
+    """A model from a released or a converted directory, or by its hub id.
+
+    Args:
+      model: a directory, or an id such as "deepseek-ai/deepseek-vl2-tiny" (needs a connection the first time).
+      dtype: "bfloat16" or "float32", of weights and computation; `None` is the checkpoint's.
+      verify: compare every byte with the checkpoint's manifest; damage is reported by name.
+      chunk_size: prompt positions that are computed at a time.
+      report: called with (phase, done, total) as loading goes on.
+
+    Raises:
+      ConfigError, CheckpointError: see their messages.
+    """
+    directory = find_model(model)
+    config = read_config(directory)
+    wanted = dtype_of(dtype or config.torch_dtype)
+    leaves = plan(config)
+    if is_converted(directory):
+        pieces = read_converted(directory, leaves, verify, report)
+    else:
+        pieces = read_released(directory, leaves, checked_entries(directory, leaves), wanted, verify, report)
+    flat: dict[str, Array] = {}
+    for piece in pieces:
+        for path, array in piece.items():
+            kept = np.float32 if path.endswith(CORRECTION_BIAS) else wanted
+            flat[path] = jnp.asarray(array.astype(kept, copy=False))
+    processor = Processor.from_directory(directory, config)
+    return VL2(config, unflatten(flat), processor, jnp.dtype(wanted), chunk_size)
+
+
+def find_model(model: str | Path) -> Path:
+    """The local directory of a model; a hub id is downloaded.
+
+    Raises:
+      CheckpointError: there is no such directory, and the hub has no such model or cannot be reached.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        if not (directory / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
+        return directory
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no directory {name!r}; give a model's directory or a hub id 'owner/name'.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.md", "LICENSE*"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{name!r} is not a directory here and could not be downloaded ({reason}); check the name and the connection."
+        ) from None
+
+
+class VL2:
+    """A model that answers.
+
+    Attributes:
+      config: what the model is.
+      params: its parameters, nested dictionaries of arrays.
+      processor: conversations to arrays.
+    """
+
+    def __init__(
+        self, config: VL2Config, params: Params, processor: Processor, dtype: Any = jnp.float32, chunk_size: int = 512
+    ):
+        self.config = config
+        self.params = params
+        self.processor = processor
+        self.model = VL2Model(
+            config, dtype, dtype, pixel_mean=processor.config.image_mean, pixel_std=processor.config.image_std
+        )
+        self.generator = Generator(self.model, params, processor.tokenizer, chunk_size)
+
+    def generate(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answers for one conversation or a list of them, in one batch.
+
+        Args:
+          conversations: messages `{"role", "content", "images"}`; the last is the assistant's, empty or begun. It is
+            added if the last is a user's.
+          on_text: called with (row, text) while text comes.
+          **options: fields of `SamplingOptions`: max_tokens, temperature, top_p, top_k, repetition_penalty, seed,
+            ignore_eos, stop.
+
+        Returns:
+          A list of answers with `.text`, `.token_ids`, `.boxes`, `.logprobs`.
+        """
+        self.generator.params = self.params
+        prompts = [self.processor.encode(open_answer(c)) for c in as_conversations(conversations)]
+        return self.generator.generate(prompts, SamplingOptions(**options), on_text)[0]
+
+    def chat(self) -> Chat:
+        """A conversation that remembers: each turn computes only what is new."""
+        return Chat(self)
+
+    def logits(self, batch: Batch) -> Float[np.ndarray, "B T V"]:
+        """float32 logits of every position of a batch, without sampling."""
+        length, tiles = batch.input_ids.shape[1], len(batch.tiles)
+        room = batch.padded_to(bucket(length, 16), bucket(tiles, 1) if tiles else 0, self.processor.tokenizer.pad_id)
+        segments = room.attention_mask.astype(np.int32)
+        out = _logits(self.model, self.params, room.input_ids, segments, room.visual_index, room.tiles)
+        return np.asarray(out)[:, :length]
+
+
+class Chat:
+    """Turns of one conversation that share a cache."""
+
+    def __init__(self, vl2: VL2):
+        self._vl2 = vl2
+        self._memory: Memory | None = None
+        self.messages: list[dict[str, Any]] = []
+
+    def ask(
+        self,
+        text: str,
+        images: Sequence[Any] = (),
+        on_text: Callable[[int, str], None] | None = None,
+        **options: Any,
+    ) -> Answer:
+        """The answer to one more message."""
+        turn = {"role": "user", "content": text, "images": list(images)}
+        prompt = self._vl2.processor.encode(open_answer([*self.messages, turn]))
+        memory, self._memory = self._memory, None  # its cache is used up
+        (answer,), self._memory = self._vl2.generator.generate(
+            [prompt], SamplingOptions(**options), on_text, memory
+        )
+        self.messages += [turn, {"role": "assistant", "content": answer.text}]
+        return answer
+
+
+def open_answer(conversation: Conversation) -> list[Any]:
+    """The conversation with an empty answer at the end, if it ends with a user's message."""
+    messages = list(conversation)
+    if messages and messages[-1].get("role") in ("user", "<|User|>"):
+        messages.append({"role": "assistant", "content": ""})
+    return messages
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(
+    model: VL2Model, params: Params, ids: Array, segments: Array, index: Array, tiles: Array
+) -> Float[Array, "B T V"]:
+    with matmul_precision(model.dtype):
+        return model.apply({"params": params}, ids, segments, index, tiles).logits

@@ -1,0 +1,274 @@
+"""The `vl2` command. Text goes to standard output, progress and errors to standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vl2_jax.config import preset_names, read_config
+from vl2_jax.errors import CheckpointError, VL2Error
+from vl2_jax.processing.conversation import with_image_tags
+from vl2_jax.processing.grounding import draw_boxes
+from vl2_jax.processing.images import load_image
+
+app = tyro.extras.SubcommandApp()
+_messages = Console(stderr=True, highlight=False)
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str,
+    image: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 0.9,
+    top_k: int = 50,
+    repetition_penalty: float | None = None,
+    seed: int = 0,
+    dtype: str | None = None,
+    chunk_size: int = 512,
+    save_boxes: Path | None = None,
+    json: bool = False,
+    ignore_eos: bool = False,
+    verify: bool = True,
+) -> None:
+    """Answer one question about pictures.
+
+    Args:
+        model: Directory of a released or converted model, or a hub id.
+        prompt: The question. `<image>` marks where a picture belongs; by default pictures come first.
+        image: A picture; may be given several times.
+        max_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time.
+        top_p: When sampling, the probability that is sampled from.
+        top_k: When sampling, the number of tokens that are sampled from; 0 is no limit.
+        repetition_penalty: By default 1.1 when sampling, none otherwise.
+        seed: Of the sampling.
+        dtype: bfloat16 or float32; by default the checkpoint's.
+        chunk_size: Prompt positions computed at a time.
+        save_boxes: Write the last picture with the answer's boxes drawn on it.
+        json: Print one object instead of streaming text: text, token_ids, boxes, timings.
+        ignore_eos: Go on to max_tokens.
+        verify: Check the weights against their manifest while loading.
+    """
+    # Pictures that cannot be read are reported before minutes are spent on loading weights.
+    pictures = [load_image(path) for path in image]
+    vl2, seconds = _load(model, dtype=dtype, chunk_size=chunk_size, verify=verify)
+    turn = {"role": "user", "content": with_image_tags(prompt, len(image)), "images": list(image)}
+    _messages.print("[dim]reading the prompt (the first answer also compiles the model) ...[/dim]")
+    (answer,) = vl2.generate(
+        [turn],
+        on_text=None if json else _stream,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        ignore_eos=ignore_eos,
+    )
+    if json:
+        timings = dataclasses.asdict(vl2.generator.timings) | {"load_seconds": seconds}
+        boxes = [dataclasses.asdict(box) for box in answer.boxes]
+        _print_json({"text": answer.text, "token_ids": answer.token_ids, "boxes": boxes, "timings": timings})
+    else:
+        print()
+    if save_boxes is not None:
+        if not pictures:
+            raise CheckpointError("--save-boxes needs a picture; give --image.")
+        draw_boxes(pictures[-1], answer.boxes).save(save_boxes)
+        _messages.print(f"{len(answer.boxes)} box(es) drawn on {save_boxes}")
+
+
+@app.command
+def chat(model: str, dtype: str | None = None, max_tokens: int = 512, temperature: float = 0.0, seed: int = 0) -> None:
+    """Talk in the terminal: `/image PATH` adds a picture to the next message, `/new` starts again, `/quit` ends.
+
+    Args:
+        model: Directory of a released or converted model, or a hub id.
+        dtype: bfloat16 or float32; by default the checkpoint's.
+        max_tokens: Longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time.
+        seed: Of the sampling.
+    """
+    vl2, _ = _load(model, dtype=dtype)
+    conversation, pictures = vl2.chat(), []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        try:
+            if line == "/quit":
+                return
+            if line == "/new":
+                conversation, pictures = vl2.chat(), []
+            elif line.startswith("/image"):
+                path = line.removeprefix("/image").strip()
+                load_image(path)
+                pictures.append(path)
+            elif line:
+                text = with_image_tags(line, len(pictures))
+                conversation.ask(
+                    text, pictures, on_text=_stream, max_tokens=max_tokens, temperature=temperature, seed=seed
+                )
+                pictures = []
+                print()
+        except VL2Error as error:
+            _messages.print(f"[red]{error}[/red]")
+
+
+@app.command
+def convert(
+    source: tyro.conf.Positional[str], destination: tyro.conf.Positional[Path], dtype: str | None = None
+) -> None:
+    """Released Hugging Face directory (or hub id) to a converted checkpoint.
+
+    Args:
+        source: Directory with config.json and *.safetensors, or a hub id.
+        destination: A directory that does not exist yet.
+        dtype: bfloat16 or float32; by default the checkpoint's.
+    """
+    from convert.from_torch import convert as run
+    from vl2_jax.api import find_model
+
+    with _progress() as report:
+        run(find_model(source), destination, dtype, report)
+    _messages.print(f"converted {source} to {destination}")
+
+
+@app.command
+def export(source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path]) -> None:
+    """Converted checkpoint to the released Hugging Face layout.
+
+    Args:
+        source: A converted checkpoint.
+        destination: A directory that does not exist yet.
+    """
+    from convert.to_torch import export as run
+
+    with _progress() as report:
+        run(source, destination, report)
+    _messages.print(f"exported {source} to {destination}")
+
+
+@app.command
+def info(model: tyro.conf.Positional[str], json: bool = False) -> None:
+    """What a model is: parameters, memory, cache.
+
+    Args:
+        model: A model's directory, a hub id, or the name of a size: vl2-tiny, vl2-small, vl2-base.
+        json: Print one object.
+    """
+    from vl2_jax.api import find_model
+    from vl2_jax.config import VL2Config
+
+    config = VL2Config.preset(model) if model in preset_names() else read_config(find_model(model))
+    facts = describe(config)
+    if json:
+        _print_json(facts)
+        return
+    for name, value in facts.items():
+        print(f"{name.replace('_', ' '):32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
+
+
+@app.command
+def doctor() -> None:
+    """What this machine has, what is missing, and the line that adds it."""
+    import jax
+
+    print(f"python       {sys.version.split()[0]}")
+    for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu"):
+        try:
+            print(f"{package:12} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{package:12} missing; on a TPU machine: pip install 'vl2-jax[tpu]'")
+    for device in jax.devices():
+        print(f"device       {device.device_kind} ({device.platform}:{device.id})")
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """Counts and sizes of a configuration, from shapes alone."""
+    from convert.weight_map import plan
+
+    language = config.language_config
+    leaves = plan(config)
+    count = {leaf.path: int(np.prod(leaf.shape)) for leaf in leaves}
+    total = sum(count.values())
+    pooling = sum(n for path, n in count.items() if path.startswith("vision/attn_pool/"))
+    idle = 0
+    if language.n_routed_experts:
+        routed = sum(n for path, n in count.items() if "/experts_" in path)
+        idle = routed * (language.n_routed_experts - language.num_experts_per_tok) // language.n_routed_experts
+    cache = language.cache_width * language.num_hidden_layers
+    return {
+        "parameters": total,
+        "parameters_without_unused_pooling": total - pooling,
+        "parameters_active_per_token": total - pooling - idle - count["language/embed_tokens"],
+        "memory_bytes_bfloat16": 2 * total,
+        "memory_bytes_float32": 4 * total,
+        "cache_bytes_per_token_bfloat16": 2 * cache,
+        "context_tokens": language.max_position_embeddings,
+        "visual_tokens_per_tile": config.tokens_per_tile,
+        "attention": "latent (MLA)" if language.use_mla else "multi-head",
+        "router": f"{language.scoring_func}, {language.topk_method}",
+    }
+
+
+def _load(model: str, **options: Any) -> tuple[Any, float]:
+    from vl2_jax.api import load
+
+    begun = time.perf_counter()
+    with _progress() as report:
+        vl2 = load(model, report=report, **options)
+    return vl2, time.perf_counter() - begun
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar on standard error, one line a phase."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=_messages, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done)
+
+        yield report
+
+
+def _stream(_: int, text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _print_json(value: Any) -> None:
+    print(json_module.dumps(value, ensure_ascii=False))
+
+
+def main(arguments: Annotated[list[str] | None, tyro.conf.Suppress] = None) -> None:
+    try:
+        app.cli(prog="vl2", description=__doc__, args=arguments)
+    except VL2Error as error:
+        print(f"vl2: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
