@@ -2,7 +2,7 @@
 
     DIR/config.json, tokenizer.json, ...    the source's small files, byte for byte
     DIR/params/                             Orbax, one folder a parameter, its bytes uncompressed
-    DIR/manifest.json                       dtype, shape and checksum of every parameter; size and checksum of every file
+    DIR/manifest.json                       dtype, shape and checksum of every parameter; size and checksum of files
 
 Orbax and safetensors restore a flipped bit without a word, so the manifest is checked at every load.
 """

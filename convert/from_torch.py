@@ -50,7 +50,7 @@ def convert(source: Path, destination: Path, dtype: str | None = None, report: R
     entries = checked_entries(source, leaves)
     wanted = None if dtype is None else dtype_of(dtype)
     new = unfinished_directory(destination)
-    tensors = {}
+    tensors: dict[str, dict] = {}
     for arrays in read_pieces(source, leaves, entries, wanted, verify=True, report=report):
         write_piece(new, arrays)
         tensors |= {path: describe(array) for path, array in arrays.items()}

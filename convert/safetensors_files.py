@@ -46,7 +46,7 @@ class TensorEntry:
 
 
 def scan(directory: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    """Every tensor of a directory's safetensors files, and what is wrong with the files: missing, truncated, damaged."""
+    """Every tensor of a directory's safetensors files, and what is wrong with them."""
     problems: list[str] = []
     files = sorted(directory.glob(f"*{SUFFIX}"))
     placed: Mapping[str, str] = {}
@@ -100,7 +100,9 @@ def _scan_file(file: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     return entries, problems
 
 
-def layout_file(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def layout_file(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Header bytes of a new file and each tensor's absolute (offset, size), laid out as the library does it:
 
     wider dtypes first, then by name; the header padded with blanks to 8 bytes.
@@ -111,12 +113,14 @@ def layout_file(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> tupl
     position = 0
     for name, (dtype, shape) in ordered:
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + size]}
+        header[name] = {
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
         ranges[name] = (position, size)
         position += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return head, {name: (len(head) + begin, size) for name, (begin, size) in ranges.items()}
-
-

@@ -62,15 +62,13 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
     replace_directory(new, destination)
 
 
-def _create_files(
-    directory: Path, leaves: list[Leaf], dtypes: dict[str, np.dtype]
-) -> dict[str, tuple[Path, int]]:
+def _create_files(directory: Path, leaves: list[Leaf], dtypes: dict[str, np.dtype]) -> dict[str, tuple[Path, int]]:
     """Writes the headers of all files and tells where each tensor's bytes go."""
     tensors = {key: (dtypes[leaf.path], leaf.torch_shape) for leaf in leaves for key in leaf.keys}
     by_file: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = defaultdict(dict)
     for key, file in _placement(directory, tensors).items():
         by_file[file][key] = tensors[key]
-    places = {}
+    places: dict[str, tuple[Path, int]] = {}
     for name, members in by_file.items():
         path = directory / name
         header, ranges = layout_file(members)
@@ -102,9 +100,7 @@ def _placement(directory: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ..
         return dict.fromkeys(tensors, _SINGLE_FILE)
     count = len(shards)
     placed = {
-        key: f"model-{number:05d}-of-{count:06d}.safetensors"
-        for number, keys in enumerate(shards, 1)
-        for key in keys
+        key: f"model-{number:05d}-of-{count:06d}.safetensors" for number, keys in enumerate(shards, 1) for key in keys
     }
     body = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(placed.items()))}
     index.write_text(json.dumps(body, indent=2))

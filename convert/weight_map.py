@@ -1,8 +1,8 @@
 """Which released tensor is which parameter: one table, used in both directions (SPEC 7).
 
-A rule names a released key and a parameter, with `{layer}` and `{expert}` where a number stands, and how an array changes
-on the way. `plan` matches the table against the abstract parameters of a configuration, so that shapes, key lists,
-conversion and export all follow from the same lines.
+A rule names a released key and a parameter, with `{layer}` and `{expert}` where a number stands, and how an array
+changes on the way. `plan` matches the table against the abstract parameters of a configuration, so that shapes, key
+lists, conversion and export all follow from the same lines.
 """
 
 from __future__ import annotations

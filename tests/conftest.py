@@ -11,9 +11,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 GOLDENS = Path(__file__).parent / "goldens"
 CONFIGS = ("nano-tiny", "nano-small", "nano-base", "nano-base-groups", "nano-v2")
-CASES = [
-    (config, path.stem) for config in CONFIGS for path in sorted((GOLDENS / config / "cases").glob("*.json"))
-]
+CASES = [(config, path.stem) for config in CONFIGS for path in sorted((GOLDENS / config / "cases").glob("*.json"))]
 
 
 def load_case(config: str, case: str) -> tuple[dict, dict[str, np.ndarray]]:

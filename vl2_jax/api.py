@@ -21,7 +21,7 @@ from vl2_jax.config import CONFIG_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError
 from vl2_jax.inference.generate import Answer, Generator, Memory, bucket, matmul_precision
 from vl2_jax.inference.sampling import SamplingOptions
-from vl2_jax.model.vl2 import Params, VL2Model
+from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
 from vl2_jax.processing.conversation import Conversation
 
@@ -85,7 +85,8 @@ def find_model(model: str | Path) -> Path:
     except Exception as error:  # the hub's client raises many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{name!r} is not a directory here and could not be downloaded ({reason}); check the name and the connection."
+            f"{name!r} is not a directory here and could not be downloaded ({reason}); "
+            "check the name and the connection."
         ) from None
 
 
@@ -99,7 +100,12 @@ class VL2:
     """
 
     def __init__(
-        self, config: VL2Config, params: Params, processor: Processor, dtype: Any = jnp.float32, chunk_size: int = 512
+        self,
+        config: VL2Config,
+        params: Params,
+        processor: Processor,
+        dtype: Any = jnp.float32,
+        chunk_size: int = 512,
     ):
         self.config = config
         self.params = params
@@ -164,9 +170,7 @@ class Chat:
         turn = {"role": "user", "content": text, "images": list(images)}
         prompt = self._vl2.processor.encode(open_answer([*self.messages, turn]))
         memory, self._memory = self._memory, None  # its cache is used up
-        (answer,), self._memory = self._vl2.generator.generate(
-            [prompt], SamplingOptions(**options), on_text, memory
-        )
+        (answer,), self._memory = self._vl2.generator.generate([prompt], SamplingOptions(**options), on_text, memory)
         self.messages += [turn, {"role": "assistant", "content": answer.text}]
         return answer
 
@@ -184,4 +188,4 @@ def _logits(
     model: VL2Model, params: Params, ids: Array, segments: Array, index: Array, tiles: Array
 ) -> Float[Array, "B T V"]:
     with matmul_precision(model.dtype):
-        return model.apply({"params": params}, ids, segments, index, tiles).logits
+        return apply(model, params, ids, segments, index, tiles).logits

@@ -105,7 +105,8 @@ def chat(model: str, dtype: str | None = None, max_tokens: int = 512, temperatur
         seed: Of the sampling.
     """
     vl2, _ = _load(model, dtype=dtype)
-    conversation, pictures = vl2.chat(), []
+    conversation = vl2.chat()
+    pictures: list[str] = []
     while True:
         try:
             line = input("> ").strip()

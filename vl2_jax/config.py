@@ -36,7 +36,7 @@ class _HfDataclass:
     def from_hf(cls, data: Mapping[str, Any]) -> Self:
         known = {f.name for f in dataclasses.fields(cls) if f.name != "source"}  # type: ignore[arg-type]
         values = {key: _freeze(value) for key, value in data.items() if key in known}
-        return cls(**values, source=copy.deepcopy(dict(data)))
+        return cls(**values, source=copy.deepcopy(dict(data)))  # type: ignore[call-arg]
 
     def to_hf(self) -> dict[str, Any]:
         """The JSON object: the keys that were read, plus every field that differs from its default."""
@@ -242,7 +242,7 @@ class VL2Config(_HfDataclass):
                     f"config.json has no {name!r} section, so it is not a DeepSeek-VL2 configuration "
                     f"(model_type {data.get('model_type')!r}); expected model_type 'deepseek_vl_v2'."
                 )
-        values = {name: section.from_hf(data[name]) for name, section in sections.items()}  # type: ignore[attr-defined]
+        values: dict[str, Any] = {name: section.from_hf(data[name]) for name, section in sections.items()}
         values["language_config"] = _language_from_hf(data["language_config"])
         for name in ("candidate_resolutions", "tile_tag", "global_view_pos", "torch_dtype"):
             if name in data:

@@ -74,7 +74,10 @@ def test_bare_prompts_equal_the_recorded_ones(row):
     images = [GOLDENS / "images" / row["image"]] * row["n_images"]
     if row["apply_sft_format"]:
         processor = processor.replace(config=processor.config.replace(mask_prompt=False))
-        turns = [{"role": "user", "content": row["prompt"], "images": images}, {"role": "assistant", "content": ""}]
+        turns = [
+            {"role": "user", "content": row["prompt"], "images": images},
+            {"role": "assistant", "content": ""},
+        ]
         encoded = processor.encode(turns, inference=row["inference_mode"])
     else:
         encoded = processor.encode_text(row["prompt"], images, inference=row["inference_mode"])

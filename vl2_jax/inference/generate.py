@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vl2_jax.errors import ContextLengthError, RequestError
 from vl2_jax.inference.sampling import Sampler, SamplingOptions, choose
 from vl2_jax.model.decoder import Cache, init_cache
-from vl2_jax.model.vl2 import Params, VL2Model
+from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import TEXT, Encoded
 from vl2_jax.processing.grounding import Box, parse_boxes
 from vl2_jax.processing.tokenizer import AnswerStream, Tokenizer
@@ -340,12 +340,12 @@ def matmul_precision(dtype: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _encode_tiles(model: VL2Model, params: Params, tiles: Array) -> Float[Array, "I M D"]:
     with matmul_precision(model.dtype):
-        return model.apply({"params": params}, tiles, method="encode_tiles")
+        return apply(model, params, tiles, method="encode_tiles")
 
 
 @partial(jax.jit, static_argnums=0)
 def _embed(model: VL2Model, params: Params, ids: Array, index: Array, table: Array) -> Float[Array, "B C D"]:
-    return model.apply({"params": params}, ids, index, table, method="embed")
+    return apply(model, params, ids, index, table, method="embed")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
@@ -356,7 +356,7 @@ def _prefill(
     length = x.shape[1]
     positions = jnp.broadcast_to(begin + jnp.arange(length), x.shape[:2])
     with matmul_precision(model.dtype):
-        out = model.apply({"params": params}, x, positions, None, cache, method="decode")
+        out = apply(model, params, x, positions, None, cache, method="decode")
     within = last - begin
     row = jnp.take_along_axis(out.hidden, jnp.clip(within, 0, length - 1)[:, None, None], axis=1)[:, 0]
     return jnp.where(((within >= 0) & (within < length))[:, None], row, hidden), out.cache
@@ -375,7 +375,7 @@ def _first_token(
     greedy: bool,
 ) -> tuple[_State, Int[Array, " B"], Float[Array, " B"]]:
     with matmul_precision(model.dtype):
-        logits = model.apply({"params": params}, hidden, method="logits")
+        logits = apply(model, params, hidden, method="logits")
     step = jnp.zeros_like(lengths)
     token, logprob = choose(logits, sampler, seen, step, greedy)
     rows = jnp.arange(len(token))
@@ -400,9 +400,9 @@ def _decode(
 
     def body(carry):
         number, state, tokens, logprobs, counts = carry
-        x = model.apply({"params": params}, state.token[:, None], method="embed")
-        out = model.apply({"params": params}, x, state.position[:, None], None, state.cache, method="decode")
-        logits = model.apply({"params": params}, out.hidden[:, 0], method="logits")
+        x = apply(model, params, state.token[:, None], method="embed")
+        out = apply(model, params, x, state.position[:, None], None, state.cache, method="decode")
+        logits = apply(model, params, out.hidden[:, 0], method="logits")
         token, logprob = choose(logits, sampler, state.seen, state.step, greedy)
         alive = ~state.done
         tokens = tokens.at[rows, number].set(token)

@@ -101,7 +101,11 @@ def keep_likeliest(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Fl
 
 
 def choose(
-    logits: Float[Array, "B V"], sampler: Sampler, seen: Bool[Array, "B V"], step: Int[Array, " B"], greedy: bool
+    logits: Float[Array, "B V"],
+    sampler: Sampler,
+    seen: Bool[Array, "B V"],
+    step: Int[Array, " B"],
+    greedy: bool,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next ids and their log-probabilities under the model's own distribution.
 

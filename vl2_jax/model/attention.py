@@ -71,9 +71,7 @@ class LatentAttention(nn.Module):
             cache = (write_cache(cache[0], rows, positions, axis=1),)
             rows = cache[0]
 
-        kv_b = declare(
-            self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype
-        )
+        kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
         kv_b = rearrange(kv_b.astype(self.dtype), "r (h k) -> r h k", h=heads)
         scale = softmax_scale(config)
         if absorbed is None:
@@ -161,7 +159,7 @@ def _absorbed_below(config: LanguageConfig) -> float:
 
     Per cache row and head: absorbed T (2 R + P); expanded T (nope + P + V) and once R (nope + V).
     """
-    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    rank = config.kv_lora_rank
     nope, value_dim = config.qk_nope_head_dim, config.v_head_dim
     assert rank is not None
     extra = 2 * rank - nope - value_dim

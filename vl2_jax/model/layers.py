@@ -27,7 +27,8 @@ def declare(
     dtype: Dtype,
 ) -> jax.Array:
     """A parameter of `module`, with the logical name of each of its axes."""
-    return module.param(name, nn.with_logical_partitioning(initializer, tuple(axes)), tuple(shape), dtype)  # type: ignore[arg-type]
+    boxed: Any = nn.with_logical_partitioning(initializer, tuple(axes))
+    return module.param(name, boxed, tuple(shape), dtype)
 
 
 class Linear(nn.Module):

@@ -73,7 +73,10 @@ class Router(nn.Module):
         if config.topk_method == "noaux_tc":
             bias = declare(self, "correction_bias", nn.initializers.zeros, shape[1:], (None,), jnp.float32)
         logits = jnp.einsum(
-            "btd,de->bte", x.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+            "btd,de->bte",
+            x.astype(jnp.float32),
+            kernel.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
         )
         return route(config, logits, bias)
 
@@ -90,7 +93,7 @@ def route(config: LanguageConfig, logits: Float[Array, "B T E"], bias: Float[Arr
             group_score = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
         else:
             group_score = grouped.max(axis=-1)
-        kept = jax.lax.top_k(group_score, config.topk_group)[1]
+        kept = jax.lax.top_k(group_score, config.topk_group or groups)[1]
         keep = jax.nn.one_hot(kept, groups, dtype=bool).any(axis=-2)
         # Experts of other groups get 0.0, which a negative biased score loses to: the released rule (SPEC 10.4, 36).
         choice = jnp.where(keep[..., None], grouped, 0.0).reshape(choice.shape)

@@ -36,7 +36,11 @@ def rotary_tables(
 
 
 def rotate(
-    x: Float[Array, "B T H P"], cos: Float[Array, "B T P/2"], sin: Float[Array, "B T P/2"], *, interleaved: bool
+    x: Float[Array, "B T H P"],
+    cos: Float[Array, "B T P/2"],
+    sin: Float[Array, "B T P/2"],
+    *,
+    interleaved: bool,
 ) -> Float[Array, "B T H P"]:
     """Each pair of features turned by its angle, laid out [first halves, second halves].
 

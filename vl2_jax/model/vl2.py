@@ -110,6 +110,11 @@ class VL2Model(nn.Module):
         return ForwardOutput(self.logits(out.hidden), out.routings)
 
 
+def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None = None) -> Any:
+    """`model`'s method as a pure function of its parameters and arguments."""
+    return model.apply({"params": params}, *arguments, method=method)
+
+
 def abstract_boxed_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Any:
     """Shape, dtype and logical axes of every parameter, at no memory cost."""
     model = VL2Model(config, param_dtype, param_dtype)

@@ -266,4 +266,4 @@ def as_conversations(conversations: Conversation | Sequence[Conversation]) -> li
             f"expected a conversation (a list of messages) or a list of them, got {conversations!r:.80}."
         )
     is_one = not isinstance(conversations[0], Sequence)
-    return [conversations] if is_one else list(conversations)  # type: ignore[list-item]
+    return [conversations] if is_one else list(conversations)  # type: ignore[list-item, arg-type]

@@ -66,6 +66,7 @@ def _open(source: str | os.PathLike | bytes) -> tuple[str, Image.Image]:
         raise ImageError(
             f"cannot read an image from a {type(source).__name__}; give a path, bytes, a Pillow image or an array."
         )
+    Image.init()  # registers every format; opening by name does not
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:

@@ -25,7 +25,7 @@ class Blocks(NamedTuple):
     expert: Int[Array, " blocks"]
     start: Int[Array, " blocks"]  # the block's first place in `order`
     stop: Int[Array, " blocks"]  # where the rows of its expert end
-    count: Int[Array, ""]  # blocks that exist
+    existing: Int[Array, ""]  # number of blocks that hold a row
 
 
 def cut_into_blocks(expert_ids: Int[Array, " pairs"], experts: int, block: int) -> Blocks:
@@ -42,7 +42,7 @@ def cut_into_blocks(expert_ids: Int[Array, " pairs"], experts: int, block: int) 
         expert=expert,
         start=(ends - counts)[expert] + within * block,
         stop=ends[expert],
-        count=block_ends[-1],
+        existing=block_ends[-1],
     )
 
 
@@ -77,7 +77,7 @@ def _forward(x, gate, up, down, expert_ids, combine_weights):
         result = (hidden @ down[expert]).astype(jnp.float32) * jnp.where(valid, weights[pair], 0)[:, None]
         return out.at[token].add(result)
 
-    out = jax.lax.fori_loop(0, blocks.count, body, jnp.zeros(x.shape, jnp.float32))
+    out = jax.lax.fori_loop(0, blocks.existing, body, jnp.zeros(x.shape, jnp.float32))
     return out.astype(x.dtype), (x, gate, up, down, expert_ids, combine_weights)
 
 
@@ -108,7 +108,7 @@ def _backward(saved, dout):
         )
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x, gate, up, down, weights))
-    dx, dgate, dup, ddown, dweights = jax.lax.fori_loop(0, blocks.count, body, zeros)
+    dx, dgate, dup, ddown, dweights = jax.lax.fori_loop(0, blocks.existing, body, zeros)
     return (
         dx.astype(x.dtype),
         dgate.astype(gate.dtype),

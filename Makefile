@@ -1,0 +1,32 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both make their own virtual environment first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: demo test lint setup clean
+
+demo: $(VENV)/.ready-demo
+	@test -d out/nano || $(BIN)/python -m convert.random_checkpoint vl2-nano out/nano
+	@echo "The model below is vl2-nano with RANDOM weights: its answer shows that everything runs, and means nothing."
+	$(BIN)/vl2 generate --model out/nano --image assets/grace_hopper.jpg \
+	  --prompt "Who is this?" --max-tokens 40 --save-boxes out/demo.png
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(VENV)/.ready-dev
+
+$(VENV)/.ready-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(if $(filter demo,$*),.,.[$*])"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out dist

@@ -1,0 +1,105 @@
+"""A checkpoint of any size with random weights, in the released layout, to try things out and to measure.
+
+    python -m convert.random_checkpoint vl2-tiny DIRECTORY
+
+Weights are normal with deviation 0.02 (norms one, biases zero); the tokenizer knows bytes and the special tokens, at
+the ids of the released one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from convert.checkpoint import dtype_of, replace_directory, unfinished_directory
+from convert.safetensors_files import INDEX_FILE, layout_file
+from convert.weight_map import plan, torch_shapes
+from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_preset
+from vl2_jax.errors import VL2Error
+from vl2_jax.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+
+_WEIGHTS_FILE = "model-00001-of-000001.safetensors"
+_DEVIATION = 0.02
+
+
+def create(preset: str, destination: Path, seed: int = 0) -> None:
+    """Writes a random checkpoint of a named size; one tensor is in memory at a time."""
+    tables = read_preset(preset)
+    config = VL2Config.from_hf(tables["model"])
+    new = unfinished_directory(destination)
+    processor = tables["processor"] | {"candidate_resolutions": tables["model"]["candidate_resolutions"]}
+    for name, content in (
+        (CONFIG_FILE, tables["model"]),
+        (PROCESSOR_FILE, processor),
+        (TOKENIZER_FILE, byte_tokenizer(tables["tokens"])),
+        (TOKENIZER_CONFIG_FILE, {"bos_token": _named(tables, "begin"), "eos_token": _named(tables, "end")}),
+    ):
+        (new / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    dtype = dtype_of(config.torch_dtype)
+    shapes = torch_shapes(plan(config))
+    header, ranges = layout_file({key: (dtype, shape) for key, shape in shapes.items()})
+    random = np.random.default_rng(seed)
+    with (new / _WEIGHTS_FILE).open("wb") as stream:
+        stream.write(header)
+        for key in sorted(ranges, key=lambda key: ranges[key]):
+            stream.write(_random_tensor(random, key, shapes[key]).astype(dtype).view(np.uint8).data)
+    sizes = sum(size for _, size in ranges.values())
+    index = {"metadata": {"total_size": sizes}, "weight_map": dict.fromkeys(sorted(shapes), _WEIGHTS_FILE)}
+    (new / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    replace_directory(new, destination)
+
+
+def byte_tokenizer(special: dict[str, int]) -> dict:
+    """A `tokenizer.json` whose text tokens are the 256 bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    first = 3 if min(special.values()) == 0 else 0  # the released tokenizers put bos, eos and pad first or last
+    vocabulary = {letter: first + i for i, letter in enumerate(sorted(ByteLevel.alphabet()))} | special
+    added = [
+        {
+            "id": id_,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        | {"special": True}
+        for token, id_ in special.items()
+    ]
+    return {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+
+
+def _random_tensor(random: np.random.Generator, key: str, shape: tuple[int, ...]) -> np.ndarray:
+    if key.endswith(".bias") or key.endswith("correction_bias"):
+        return np.zeros(shape, np.float32)
+    if key.count(".") and "norm" in key.split(".")[-2]:
+        return np.ones(shape, np.float32)
+    return random.standard_normal(shape, np.float32) * np.float32(_DEVIATION)
+
+
+def _named(tables: dict, word: str) -> str:
+    return next(token for token in tables["tokens"] if word in token)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    try:
+        create(sys.argv[1], Path(sys.argv[2]))
+    except VL2Error as error:
+        sys.exit(f"random_checkpoint: {error}")

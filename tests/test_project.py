@@ -1,0 +1,24 @@
+"""Rules about the source tree itself."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [path for folder in ("vl2_jax", "convert") for path in (ROOT / folder).rglob("*.py")]
+
+
+def test_nothing_executes_data():
+    dangerous = re.compile(r"\bpickle\b|(?<![.\w])eval\(|torch\.load|\bexec\(|allow_pickle=True")
+    assert [str(path) for path in SOURCES if dangerous.search(path.read_text())] == []
+
+
+def test_imports_run_one_way():
+    """processing does not need jax; ops know nothing of ours; the model knows nothing of what is built on it."""
+    rules = {
+        "vl2_jax/processing": r"^(import|from) (jax|flax)\b",
+        "vl2_jax/ops": r"^from vl2_jax\.(?!ops)",
+        "vl2_jax/model": r"^from vl2_jax\.(inference|training|serving|planning|api|cli)",
+    }
+    for folder, pattern in rules.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not re.search(pattern, path.read_text(), re.MULTILINE), path
