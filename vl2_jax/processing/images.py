@@ -18,7 +18,7 @@ from vl2_jax.errors import ImageError
 
 Picture = str | os.PathLike | bytes | Image.Image | np.ndarray
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
 
 
@@ -66,7 +66,6 @@ def _open(source: str | os.PathLike | bytes) -> tuple[str, Image.Image]:
         raise ImageError(
             f"cannot read an image from a {type(source).__name__}; give a path, bytes, a Pillow image or an array."
         )
-    Image.init()  # registers every format; opening by name does not
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
