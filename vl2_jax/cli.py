@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vl2_jax.config import preset_names, read_config
-from vl2_jax.errors import CheckpointError, VL2Error
+from vl2_jax.errors import CheckpointError, VerificationError, VL2Error
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
@@ -164,6 +164,40 @@ def export(source: tyro.conf.Positional[Path], destination: tyro.conf.Positional
     with _progress() as report:
         run(source, destination, report)
     _messages.print(f"exported {source} to {destination}")
+
+
+@app.command
+def verify(model: tyro.conf.Positional[str], goldens: tyro.conf.Positional[Path], json: bool = False) -> None:
+    """Compare a model with numbers recorded from the official release; exit 1 past a tolerance.
+
+    Args:
+        model: Directory of a released or converted model.
+        goldens: A directory with recorded cases in cases/.
+        json: Print one object.
+    """
+    from vl2_jax.verification import verify as run
+
+    vl2, _ = _load(model, dtype="float32")
+    largest: dict[str, Any] = {}
+    case = ""
+    for check in run(vl2, goldens):
+        if check.case != case:
+            case = check.case
+            _messages.print(f"[dim]{case} ...[/dim]")
+        held = largest.get(check.quantity)
+        if held is None or not check.error <= held.error:
+            largest[check.quantity] = check
+    failed = [check for check in largest.values() if not check.passed]
+    if json:
+        quantities = {name: dataclasses.asdict(c) | {"passed": c.passed} for name, c in largest.items()}
+        _print_json({"passed": not failed, "quantities": quantities})
+    else:
+        for name, check in largest.items():
+            mark = "ok    " if check.passed else "FAILED"
+            print(f"{mark} {name:60} {check.error:9.2e} of {check.tolerance:.0e}  ({check.case})")
+    if failed:
+        names = ", ".join(check.quantity for check in failed)
+        raise VerificationError(f"{len(failed)} quantities differ from the recorded ones: {names}")
 
 
 @app.command

@@ -31,3 +31,7 @@ class ContextLengthError(VL2Error):
 
 class RequestError(VL2Error):
     """A generation option outside of its range."""
+
+
+class VerificationError(VL2Error):
+    """A model that does not give the recorded numbers."""

@@ -119,5 +119,6 @@ def attend(
 
 def softmax(scores: Float[Array, "B H T S"], mask: Float[Array, "B T S"] | None) -> Float[Array, "B H T S"]:
     if mask is not None:
-        scores = jnp.where(mask[:, None], scores, jnp.finfo(scores.dtype).min)
+        # Added, not chosen: padding that looks evenly everywhere then has the released gradient too.
+        scores += jnp.where(mask, 0.0, jnp.finfo(scores.dtype).min)[:, None]
     return jax.nn.softmax(scores, axis=-1)

@@ -1,0 +1,68 @@
+"""The commands a user types, and the one sentence that a mistake gets."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import GOLDENS
+from vl2_jax.cli import main
+
+MODEL = str(GOLDENS / "nano-small")
+PICTURE = str(GOLDENS / "images" / "square.png")
+
+
+def test_generate_prints_one_json_object_and_saves_boxes(tmp_path, capsys):
+    boxes = tmp_path / "boxes.png"
+    main(f"generate --model {MODEL} --image {PICTURE} --prompt hi --max-tokens 4 --json --save-boxes {boxes}".split())
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["token_ids"]) == 4
+    assert answer["timings"]["prompt_tokens"] > 49
+    assert boxes.is_file()
+
+
+def test_convert_export_and_info(tmp_path, capsys):
+    main(["convert", MODEL, str(tmp_path / "converted")])
+    main(["export", str(tmp_path / "converted"), str(tmp_path / "exported")])
+    main(["info", str(tmp_path / "converted"), "--json"])
+    assert json.loads(capsys.readouterr().out)["cache_bytes_per_token_bfloat16"] == 2 * 4 * 24
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate --model /nowhere --prompt x", "there is no directory"),
+        ("generate --model {empty} --prompt x", "holds no config.json"),
+        ("generate --model {no_tokenizer} --prompt x", "tokenizer.json does not exist"),
+        ("generate --model {no_weights} --prompt x", "holds no *.safetensors file"),
+        ("generate --model {bad_config} --prompt x", "is not valid JSON"),
+        ("generate --model {model} --prompt x --image none.png", "does not exist"),
+        ("generate --model {model} --prompt x --image {model}/config.json", "accepted formats"),
+        ("generate --model {model} --prompt x --dtype int7", "dtype 'int7' is not supported"),
+        ("generate --model {model} --prompt x --temperature -1", "temperature is -1.0"),
+        ("generate --model {model} --prompt x --top-p 0", "top_p is 0.0"),
+        ("generate --model {model} --prompt x --max-tokens 0", "max_tokens is 0"),
+        ("generate --model {model} --prompt x --chunk-size 0", "chunk_size is 0"),
+        ("generate --model {model} --prompt <image><image> --image {picture}", "2 <image> tag(s) but 1 picture"),
+        ("generate --model {model} --prompt {long}", "the model's context holds 4096"),
+        ("info vl2-huge", "there is no directory 'vl2-huge'"),
+        ("convert {model} {model}", "exists already"),
+        ("convert {empty} {empty}/new", "config.json"),
+        ("export {model} {empty}/new", "is not a converted checkpoint"),
+        ("convert {model} {empty}/new --dtype int7", "dtype 'int7' is not supported"),
+        ("verify {model} {empty}", "holds no cases"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(tmp_path, capsys, command, message):
+    places = {"model": MODEL, "picture": PICTURE, "long": "word" * 5000, "empty": tmp_path / "empty"}
+    places["empty"].mkdir()
+    for name, left_out in (("no_tokenizer", "tokenizer.json"), ("no_weights", "*.safetensors"), ("bad_config", "_")):
+        places[name] = tmp_path / name
+        shutil.copytree(MODEL, places[name], ignore=shutil.ignore_patterns("cases", left_out, "*.index.json"))
+    (places["bad_config"] / "config.json").write_text("{not json")
+    with pytest.raises(SystemExit) as caught:
+        main([part.format(**places) for part in command.split()])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error.replace("\n", " ")
+    assert "Traceback" not in error
