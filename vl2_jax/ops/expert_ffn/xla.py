@@ -73,8 +73,9 @@ def _forward(x, gate, up, down, expert_ids, combine_weights):
     def body(number, out):
         expert, pair, token, valid = _rows_of_block(blocks, number, block, k)
         rows = x[token]
-        hidden = jax.nn.silu(rows @ gate[expert]) * (rows @ up[expert])
-        result = (hidden @ down[expert]).astype(jnp.float32) * jnp.where(valid, weights[pair], 0)[:, None]
+        g, u, d = _kernels(gate, up, down, expert)
+        hidden = jax.nn.silu(rows @ g) * (rows @ u)
+        result = (hidden @ d).astype(jnp.float32) * jnp.where(valid, weights[pair], 0)[:, None]
         return out.at[token].add(result)
 
     out = jax.lax.fori_loop(0, blocks.existing, body, jnp.zeros(x.shape, jnp.float32))
@@ -93,7 +94,7 @@ def _backward(saved, dout):
         dx, dgate, dup, ddown, dweights = grads
         expert, pair, token, valid = _rows_of_block(blocks, number, block, k)
         rows = x[token]
-        (g, u, d) = (kernel[expert] for kernel in (gate, up, down))
+        g, u, d = _kernels(gate, up, down, expert)
         hidden, hidden_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, rows @ g, rows @ u)
         weight = jnp.where(valid, weights[pair], 0)[:, None]
         dresult = (dout[token] * weight).astype(x.dtype)
@@ -117,6 +118,22 @@ def _backward(saved, dout):
         None,
         dweights.reshape(tokens, k).astype(combine_weights.dtype),
     )
+
+
+def _kernels(gate, up, down, expert):
+    """One expert's kernels.
+
+    Narrow floats are taken out as integers: XLA:CPU would otherwise widen all experts to float32 ahead of the loop
+    (64 experts of 1280 x 896 in bfloat16, one token: 0.32 s, against 0.17 s).
+    """
+
+    def take(kernels):
+        if kernels.dtype.itemsize != 2:
+            return kernels[expert]
+        bits = jax.lax.bitcast_convert_type(kernels, jnp.uint16)[expert]
+        return jax.lax.bitcast_convert_type(jax.lax.optimization_barrier(bits), kernels.dtype)
+
+    return take(gate), take(up), take(down)
 
 
 def _rows_of_block(blocks: Blocks, number, block: int, k: int):
