@@ -30,6 +30,7 @@ from vl2_jax.model.decoder import Cache, init_cache
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import TEXT, Encoded
 from vl2_jax.processing.grounding import Box, parse_boxes
+from vl2_jax.processing.tiling import FIRST_TOKEN_ROW
 from vl2_jax.processing.tokenizer import AnswerStream, Tokenizer
 
 _SHORTEST_CHUNK = 64
@@ -167,13 +168,15 @@ class Generator:
             start = _shared_prefix(memory.fingerprints, prompts[0].fingerprints())
         chunk = min(self.chunk_size, bucket(longest - start, _SHORTEST_CHUNK))
         chunks = -(-(longest - start) // chunk)
-        capacity = max(capacity, start + chunks * chunk)
+        capacity = bucket(max(capacity, start + chunks * chunk), _SMALLEST_CACHE)
         cache = self._room_in(memory if start else None, len(prompts), capacity)
         self.timings.reused_tokens = start
 
         begun = time.perf_counter()
         offsets = np.cumsum([0] + [len(p.tiles) * p.tokens_per_tile for p in prompts])
-        table = self.encode_tiles(np.concatenate([p.tiles for p in prompts]))
+        shows_pictures = any((p.visual_index[start:] != TEXT).any() for p in prompts)
+        tiles = np.concatenate([p.tiles for p in prompts])
+        table = self.encode_tiles(tiles if shows_pictures else tiles[:0])
         jax.block_until_ready(table)
         self.timings.vision_seconds = time.perf_counter() - begun
 
@@ -182,7 +185,9 @@ class Generator:
         index = np.full_like(ids, TEXT)
         for row, (prompt, offset) in enumerate(zip(prompts, offsets)):
             ids[row, : len(prompt)] = prompt.input_ids
-            shifted = np.where(prompt.visual_index >= 2, prompt.visual_index + offset, prompt.visual_index)
+            shifted = np.where(
+                prompt.visual_index >= FIRST_TOKEN_ROW, prompt.visual_index + offset, prompt.visual_index
+            )
             index[row, : len(prompt)] = shifted
         last = np.asarray([len(p) - 1 for p in prompts], np.int32)
         hidden = jnp.zeros((len(prompts), self._width), self.model.dtype)
