@@ -23,6 +23,7 @@ from vl2_jax.inference.generate import Generator, matmul_precision
 from vl2_jax.inference.sampling import SamplingOptions
 from vl2_jax.model.vl2 import apply
 from vl2_jax.processing.batch import Batch, Encoded, Processor
+from vl2_jax.processing.tiling import released_tiles
 from vl2_jax.training.objective import losses
 
 ABSOLUTE = 2e-4
@@ -93,7 +94,7 @@ def _processor_checks(case: Any, processor: Processor, batch: Batch, arrays: dic
 def _forward_checks(case: Any, vl2: VL2, batch: Batch, arrays: dict) -> Iterator[Check]:
     out, seen = _forward(vl2.model, vl2.params, *_inputs(batch))
     real = batch.attention_mask
-    stored = _released_tiles(batch.crops)
+    stored = released_tiles(batch.crops)
 
     def close(quantity: str, ours: Any, recorded: np.ndarray, mask: Any = slice(None)) -> Check:
         return case(quantity, _largest(np.asarray(ours)[mask], recorded[mask]), ABSOLUTE)
@@ -173,20 +174,6 @@ def _gradients(model: Any, params: Any, batch: Batch) -> Any:
 
 def _inputs(batch: Batch) -> tuple:
     return batch.input_ids, batch.attention_mask.astype(np.int32), batch.visual_index, batch.tiles
-
-
-def _released_tiles(crops: np.ndarray) -> np.ndarray:
-    """Stored tiles in the released order, where a picture of one tile stands twice: as global and as local view."""
-    order: list[int] = []
-    first = 0
-    for across, down in crops.reshape(-1, 2):
-        if across * down == 1:
-            order += [first, first]
-            first += 1
-        elif across * down:
-            order += range(first, first + 1 + across * down)
-            first += 1 + across * down
-    return np.asarray(order, int)
 
 
 def _largest(ours: Any, recorded: np.ndarray) -> float:

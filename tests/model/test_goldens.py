@@ -10,10 +10,11 @@ import pytest
 import vl2_jax
 from tests.conftest import CASES, CONFIGS, GOLDENS, load_case, with_pictures
 from vl2_jax.config import LanguageConfig, RopeScaling
-from vl2_jax.model.attention import LatentAttention
+from vl2_jax.model.attention import LatentAttention, Placement
 from vl2_jax.model.moe import balance_loss, route
 from vl2_jax.model.projector import Projector
 from vl2_jax.model.rope import rotary_tables, rotate, softmax_scale
+from vl2_jax.processing.tiling import released_tiles
 
 INFERENCE_CASES = [(config, case) for config, case in CASES if not case.startswith("train")]
 ATOL = 2e-4
@@ -59,8 +60,7 @@ def test_forward_pass_equals_the_recorded_one(config, case):
     if "final_norm_out" in arrays:
         close("layers", seen["final_norm_out"][0], arrays["final_norm_out"], real)
     if "vision_out" in arrays:
-        # A picture of one tile is recorded twice, as its global and as its local view.
-        stored = np.concatenate([tiles_of(crops) for crops in offsets(batch.crops)])
+        stored = released_tiles(batch.crops)
         close("vision", seen["vision_out"][0][stored], arrays["vision_out"])
         close("vision", seen["projector_out"][0][stored], arrays["projector_out"])
     for ours, block in zip(seen.get("vision", {}).get("vision_block_out", ()), arrays.get("vision_block_out", ())):
@@ -74,21 +74,6 @@ def test_forward_pass_equals_the_recorded_one(config, case):
         close("weights", ours / scale, weights / scale, real.ravel())
 
 
-def offsets(crops):
-    """(first tile, tiles across x down) of every picture of a batch."""
-    first, pictures = 0, []
-    for across, down in crops.reshape(-1, 2):
-        if across * down:
-            pictures.append((first, across * down))
-            first += 1 if across * down == 1 else 1 + across * down
-    return pictures
-
-
-def tiles_of(picture):
-    first, local = picture
-    return np.asarray([first, first]) if local == 1 else first + np.arange(1 + local)
-
-
 @pytest.mark.parametrize("config", CONFIGS[1:])
 def test_absorbed_and_expanded_attention_agree(config):
     vl2, _, _ = loaded(config)
@@ -98,10 +83,8 @@ def test_absorbed_and_expanded_attention_agree(config):
     positions = jnp.broadcast_to(jnp.arange(100, 150), (2, 50))
     mask = jnp.tril(jnp.ones((1, 50, 50), bool))
     attention = LatentAttention(language, jnp.float32, jnp.float32)
-    tables = rotary_tables(language, positions)
-    absorbed, expanded = (
-        attention.apply({"params": params}, x, tables, mask, positions, None, form)[0] for form in (True, False)
-    )
+    placement = Placement(positions, mask, rotary_tables(language, positions))
+    absorbed, expanded = (attention.apply({"params": params}, x, placement, None, form)[0] for form in (True, False))
     np.testing.assert_allclose(absorbed, expanded, atol=1e-5, rtol=0)
 
 

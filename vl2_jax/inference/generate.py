@@ -28,9 +28,8 @@ from vl2_jax.errors import ContextLengthError, RequestError
 from vl2_jax.inference.sampling import Sampler, SamplingOptions, choose
 from vl2_jax.model.decoder import Cache, init_cache
 from vl2_jax.model.vl2 import Params, VL2Model, apply
-from vl2_jax.processing.batch import TEXT, Encoded
+from vl2_jax.processing.batch import TEXT, Encoded, renumbered_rows
 from vl2_jax.processing.grounding import Box, parse_boxes
-from vl2_jax.processing.tiling import FIRST_TOKEN_ROW
 from vl2_jax.processing.tokenizer import AnswerStream, Tokenizer
 
 _SHORTEST_CHUNK = 64
@@ -173,7 +172,6 @@ class Generator:
         self.timings.reused_tokens = start
 
         begun = time.perf_counter()
-        offsets = np.cumsum([0] + [len(p.tiles) * p.tokens_per_tile for p in prompts])
         shows_pictures = any((p.visual_index[start:] != TEXT).any() for p in prompts)
         tiles = np.concatenate([p.tiles for p in prompts])
         table = self.encode_tiles(tiles if shows_pictures else tiles[:0])
@@ -183,12 +181,9 @@ class Generator:
         begun = time.perf_counter()
         ids = np.full((len(prompts), start + chunks * chunk), self.tokenizer.pad_id, np.int32)
         index = np.full_like(ids, TEXT)
-        for row, (prompt, offset) in enumerate(zip(prompts, offsets)):
+        for row, (prompt, visual_rows) in enumerate(zip(prompts, renumbered_rows(prompts))):
             ids[row, : len(prompt)] = prompt.input_ids
-            shifted = np.where(
-                prompt.visual_index >= FIRST_TOKEN_ROW, prompt.visual_index + offset, prompt.visual_index
-            )
-            index[row, : len(prompt)] = shifted
+            index[row, : len(prompt)] = visual_rows
         last = np.asarray([len(p) - 1 for p in prompts], np.int32)
         hidden = jnp.zeros((len(prompts), self._width), self.model.dtype)
         for i in range(chunks):

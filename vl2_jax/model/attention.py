@@ -6,6 +6,8 @@ A cache holds position s of every sequence in slot s, so that a mask needs nothi
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,14 @@ from vl2_jax.model.rope import rotate, softmax_scale
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = tuple[Array, ...]
+
+
+class Placement(NamedTuple):
+    """Where the rows of one pass stand in their sequences and what they may see: the same for every layer."""
+
+    positions: Int[Array, "B T"]
+    mask: Bool[Array, "B T S"]
+    tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
 
 
 class LatentAttention(nn.Module):
@@ -37,13 +47,11 @@ class LatentAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array],
-        mask: Bool[Array, "B T S"],
-        positions: Int[Array, "B T"],
+        placement: Placement,
         cache: LayerCache | None = None,
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config = self.config
+        config, (positions, mask, tables) = self.config, placement
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         rank, value_dim = config.kv_lora_rank, config.v_head_dim
         assert rank is not None
@@ -105,14 +113,12 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array],
-        mask: Bool[Array, "B T S"],
-        positions: Int[Array, "B T"],
+        placement: Placement,
         cache: LayerCache | None = None,
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         del absorbed  # there is one form only
-        config = self.config
+        config, (positions, mask, tables) = self.config, placement
         heads = config.num_attention_heads
         init = nn.initializers.normal(config.initializer_range)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, init_layer_cache
+from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache
 from vl2_jax.model.layers import Dtype, GatedMLP, Linear, RMSNorm, declare
 from vl2_jax.model.moe import MoE, Routing
 from vl2_jax.model.rope import rotary_tables
@@ -66,11 +66,11 @@ class Decoder(nn.Module):
           absorbed: see `LatentAttention`.
         """
         mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
-        tables = rotary_tables(self.config, positions)
+        placement = Placement(positions, mask, rotary_tables(self.config, positions))
         new_cache, routings = [], []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
-            x, layer_cache, routing = layer(x, tables, mask, positions, layer_cache, absorbed)
+            x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
             self.sow("intermediates", "layer_out", x)
             new_cache.append(layer_cache)
             if routing is not None:
@@ -93,9 +93,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        tables: tuple[Array, Array],
-        mask: Bool[Array, "B T S"],
-        positions: Int[Array, "B T"],
+        placement: Placement,
         cache: LayerCache | None,
         absorbed: bool | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Routing | None]:
@@ -106,7 +104,7 @@ class DecoderLayer(nn.Module):
 
         kind = LatentAttention if config.use_mla else MultiHeadAttention
         attention = kind(config, self.dtype, self.param_dtype, name="self_attn")
-        mixed, cache = attention(norm("input_layernorm")(x), tables, mask, positions, cache, absorbed)
+        mixed, cache = attention(norm("input_layernorm")(x), placement, cache, absorbed)
         x += mixed
         normed = norm("post_attention_layernorm")(x)
         if self.is_moe:

@@ -25,8 +25,10 @@ from vl2_jax.processing.conversation import (
 from vl2_jax.processing.images import MAX_PIXELS, Picture, load_image
 from vl2_jax.processing.tiling import (
     FIRST_TOKEN_ROW,
+    after_tiles,
     cut_tiles,
     normalise,
+    released_tiles,
     select_best_resolution,
     visual_rows,
 )
@@ -173,41 +175,27 @@ class Processor:
             raise ConversationError(f"padding is {padding!r}; expected 'left' or 'right'.")
         length = max(map(len, encoded))
         images = max(1, max(len(e.crops) for e in encoded))
-        tile_offsets = np.cumsum([0] + [len(e.tiles) for e in encoded])
 
         def pad(row: np.ndarray, fill: int) -> np.ndarray:
             missing = length - len(row)
             return np.pad(row, (missing, 0) if padding == "left" else (0, missing), constant_values=fill)
 
-        rows = [
-            np.where(e.visual_index >= FIRST_TOKEN_ROW, e.visual_index + offset * e.tokens_per_tile, e.visual_index)
-            for e, offset in zip(encoded, tile_offsets)
-        ]
         return Batch(
             input_ids=np.stack([pad(e.input_ids, self.tokenizer.pad_id) for e in encoded]),
             labels=np.stack([pad(e.labels, IGNORED) for e in encoded]),
             attention_mask=np.stack([pad(np.ones(len(e), bool), 0) for e in encoded]),
-            visual_index=np.stack([pad(row, TEXT) for row in rows]).astype(np.int32),
+            visual_index=np.stack([pad(row, TEXT) for row in renumbered_rows(encoded)]),
             tiles=np.concatenate([e.tiles for e in encoded]),
             crops=np.stack([np.pad(e.crops, ((0, images - len(e.crops)), (0, 0))) for e in encoded]),
         )
 
     def released_pixels(self, batch: Batch) -> np.ndarray:
         """float32 `[B, tiles, 3, S, S]`, the tensor `images` of the released processor, zero padded (SPEC 4.7)."""
-        next_tile, rows = 0, []
-        for crops in batch.crops:
-            row = []
-            for across, down in crops[crops.prod(axis=1) > 0]:
-                stored = 1 if across * down == 1 else 1 + across * down
-                tiles = batch.tiles[next_tile : next_tile + stored]
-                row += [*tiles, *(tiles if stored == 1 else ())]
-                next_tile += stored
-            rows.append(row)
-        size = self.config.tile_size
-        pixels = np.zeros((len(rows), max(1, max(map(len, rows))), 3, size, size), np.float32)
-        for row, out in zip(rows, pixels):
-            if row:
-                out[: len(row)] = self.normalise(np.stack(row)).transpose(0, 3, 1, 2)
+        tiles = self.normalise(batch.tiles[released_tiles(batch.crops)]).transpose(0, 3, 1, 2)
+        counts = [len(released_tiles(crops)) for crops in batch.crops]
+        pixels = np.zeros((len(counts), max(1, *counts), *tiles.shape[1:]), np.float32)
+        for row, last, count in zip(pixels, np.cumsum(counts), counts):
+            row[:count] = tiles[last - count : last]
         return pixels
 
     def normalise(self, tiles: np.ndarray) -> np.ndarray:
@@ -257,6 +245,12 @@ class Processor:
         if name == "bos":
             return self.tokenizer.bos_id
         return self.tokenizer.eos_id if name == "eos" else self.tokenizer.id_of(name)
+
+
+def renumbered_rows(encoded: Sequence[Encoded]) -> list[np.ndarray]:
+    """`visual_index` of every conversation for the visual table of all their tiles, one conversation after another."""
+    tokens = np.cumsum([0] + [len(e.tiles) * e.tokens_per_tile for e in encoded])
+    return [after_tiles(e.visual_index, before).astype(np.int32) for e, before in zip(encoded, tokens)]
 
 
 def as_conversations(conversations: Conversation | Sequence[Conversation]) -> list[Conversation]:

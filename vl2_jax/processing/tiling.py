@@ -83,6 +83,28 @@ def visual_rows(crop: tuple[int, int], first_tile: int, token_grid: int, global_
     return np.concatenate([first, [SEPARATOR_ROW], second]).astype(np.int32)
 
 
+def after_tiles(rows: np.ndarray, tokens: int) -> np.ndarray:
+    """The same visual rows where `tokens` tokens of other conversations' tiles stand before them in the table."""
+    return np.where(rows >= FIRST_TOKEN_ROW, rows + tokens, rows)
+
+
+def released_tiles(crops: np.ndarray) -> np.ndarray:
+    """Which stored tile each tile of the released processor is: a picture of one tile stands there twice.
+
+    Args:
+      crops: int `[images, 2]`, local tiles (across, down); (0, 0) is no picture.
+    """
+    order: list[int] = []
+    first = 0
+    for tiles in crops.reshape(-1, 2).prod(axis=1).tolist():
+        if tiles == 1:
+            order += [first, first]
+        elif tiles:
+            order += range(first, first + 1 + tiles)
+        first = order[-1] + 1 if order else 0
+    return np.asarray(order, int)
+
+
 def visual_token_count(crop: tuple[int, int], token_grid: int) -> int:
     """Positions one picture takes in the sequence (SPEC 3.5)."""
     across, down = crop
