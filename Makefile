@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-slow peers lint setup clean
 
 demo: $(VENV)/.ready-demo
 	@test -d out/nano || $(BIN)/python -m convert.random_checkpoint vl2-nano out/nano
@@ -15,6 +15,12 @@ demo: $(VENV)/.ready-demo
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+test-slow: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m slow
+
+peers: $(VENV)/.ready-peers
+	$(BIN)/python -m pytest -q -rP tests/peers
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -35,7 +35,9 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 def is_converted(directory: Path) -> bool:
-    return (directory / PARAMS_FOLDER).is_dir() or (directory / MANIFEST_FILE).is_file()
+    """Whether this is (what is left of) a converted checkpoint; an exported one has a manifest too, and its weights."""
+    has_weights = any(directory.glob("*.safetensors"))
+    return (directory / PARAMS_FOLDER).is_dir() or ((directory / MANIFEST_FILE).is_file() and not has_weights)
 
 
 def pieces(leaves: Iterable[Leaf]) -> list[list[Leaf]]:

@@ -35,11 +35,13 @@ def test_an_export_is_the_source_byte_for_byte(config, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_layouts_load_the_same_parameters(converted, dtype):
+def test_all_layouts_load_the_same_parameters(converted, tmp_path, dtype):
+    export(converted, tmp_path / "exported")
     released = vl2_jax.load(GOLDENS / "nano-base", dtype=dtype)
-    ours = vl2_jax.load(converted, dtype=dtype)
-    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), released.params, ours.params)
-    assert all(jax.tree.leaves(equal))
+    for layout in (converted, tmp_path / "exported"):
+        ours = vl2_jax.load(layout, dtype=dtype)
+        equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and bool((a == b).all()), released.params, ours.params)
+        assert all(jax.tree.leaves(equal))
 
 
 def test_every_mismatch_is_listed_before_anything_is_written(tmp_path):
