@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,14 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
+from convert.safetensors_files import SUFFIX, header_size
 from convert.weight_map import Leaf, unflatten
 from vl2_jax.errors import CheckpointError
+from vl2_jax.progress import Report, silent
 
 MANIFEST_FILE = "manifest.json"
 PARAMS_FOLDER = "params"
 _BLOCK = 1 << 24
-
-Report = Callable[[str, int, int], None]  # phase, bytes done, bytes in all
-
-
-def silent(phase: str, done: int, total: int) -> None:
-    """No progress report."""
 
 
 def is_converted(directory: Path) -> bool:
@@ -64,13 +60,11 @@ def finish(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
 
 def write_manifest(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
     """`manifest.json` for the files that stand in `directory`; parameters' own bytes are vouched for by `tensors`."""
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.name != MANIFEST_FILE:
-            entry: dict[str, Any] = {"size": path.stat().st_size}
-            if not _holds_tensor(path):
-                entry["xxh3"] = _checksum_of_file(path)
-            files[path.relative_to(directory).as_posix()] = entry
+    files = {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "xxh3": _checksum_around_tensors(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
     body = {"format": 1, "files": files, "tensors": dict(tensors)}
     body["xxh3"] = _checksum_of_json(body)
     temporary = directory / f".{MANIFEST_FILE}.new"
@@ -100,7 +94,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Compares every file with the manifest, parameters' bytes by size only.
+    """Compares every file with the manifest, except for the bytes of tensors, which are compared as they are read.
 
     Raises:
       CheckpointError: naming every file that is missing or changed.
@@ -112,7 +106,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
             problems.append(f"{name} is missing")
         elif path.stat().st_size != entry["size"]:
             problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry['size']}")
-        elif "xxh3" in entry and _checksum_of_file(path) != entry["xxh3"]:
+        elif _checksum_around_tensors(path) != entry["xxh3"]:
             problems.append(f"{name} is damaged (its checksum does not match)")
     if problems:
         raise CheckpointError(listing(f"{directory} was damaged", problems))
@@ -161,16 +155,17 @@ def read_pieces(directory: Path, leaves: list[Leaf], verify: bool, report: Repor
                     f"{leaf.path} of {directory} is damaged (its checksum does not match); convert the model again."
                 )
             done += array.size
-        report("loading", done, total)
+        report("reading weights", done, total)
         yield arrays
 
 
-def replace_directory(new: Path, final: Path) -> None:
+def replace_directory(new: Path, final: Path, report: Report = silent) -> None:
     """Gives a finished directory its name, all of it on disk first: a crash leaves either nothing or everything."""
-    for path in new.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+    files = [path for path in new.rglob("*") if path.is_file()]
+    for number, path in enumerate(files):
+        report("writing to disk", number, len(files))
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
     os.rename(new, final)
 
 
@@ -212,11 +207,18 @@ def _holds_tensor(path: Path) -> bool:
     return (path.parent / ".zarray").is_file() and path.name.replace(".", "").isdigit()
 
 
-def _checksum_of_file(path: Path) -> str:
+def _checksum_around_tensors(path: Path) -> str:
+    """Checksum of what a file holds besides tensors: all of it, a safetensors header, or nothing of an Orbax chunk."""
+    left = path.stat().st_size
+    if path.suffix == SUFFIX:
+        left = min(left, header_size(path))
+    elif _holds_tensor(path):
+        left = 0
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
+        while block := stream.read(min(left, _BLOCK)):
             digest.update(block)
+            left -= len(block)
     return digest.hexdigest()
 
 

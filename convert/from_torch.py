@@ -10,7 +10,6 @@ import numpy as np
 
 from convert.checkpoint import (
     MANIFEST_FILE,
-    Report,
     check_files,
     checksum,
     describe,
@@ -20,7 +19,6 @@ from convert.checkpoint import (
     pieces,
     read_manifest,
     replace_directory,
-    silent,
     unfinished_directory,
     write_piece,
 )
@@ -28,6 +26,7 @@ from convert.safetensors_files import SUFFIX, TensorEntry, scan
 from convert.weight_map import Leaf, plan, torch_shapes
 from vl2_jax.config import read_config
 from vl2_jax.errors import CheckpointError
+from vl2_jax.progress import Report, silent
 
 _KEPT_SUFFIXES = (".json", ".txt", ".md", ".model", ".jinja")
 _KEPT_NAMES = ("LICENSE", "NOTICE")
@@ -56,7 +55,7 @@ def convert(source: Path, destination: Path, dtype: str | None = None, report: R
         tensors |= {path: describe(array) for path, array in arrays.items()}
     copy_small_files(source, new)
     finish(new, tensors)
-    replace_directory(new, destination)
+    replace_directory(new, destination, report)
 
 
 def checked_entries(source: Path, leaves: list[Leaf]) -> dict[str, TensorEntry]:
@@ -107,7 +106,7 @@ def read_pieces(
             kept = tensors[0].dtype if dtype is None or leaf.path.endswith(CORRECTION_BIAS) else dtype
             arrays[leaf.path] = leaf.assemble(tensors, kept)
             done += sum(entries[key].size for key in leaf.keys)
-        report("converting", done, total)
+        report("reading weights", done, total)
         yield arrays
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from convert.checkpoint import dtype_of, replace_directory, unfinished_directory
 from convert.safetensors_files import INDEX_FILE, layout_file
@@ -20,12 +21,13 @@ from convert.weight_map import plan, torch_shapes
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_preset
 from vl2_jax.errors import VL2Error
 from vl2_jax.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from vl2_jax.progress import Display, Report, silent
 
 _WEIGHTS_FILE = "model-00001-of-000001.safetensors"
 _DEVIATION = 0.02
 
 
-def create(preset: str, destination: Path, seed: int = 0) -> None:
+def create(preset: str, destination: Path, seed: int = 0, report: Report = silent) -> None:
     """Writes a random checkpoint of a named size; one tensor is in memory at a time."""
     tables = read_preset(preset)
     config = VL2Config.from_hf(tables["model"])
@@ -44,12 +46,13 @@ def create(preset: str, destination: Path, seed: int = 0) -> None:
     random = np.random.default_rng(seed)
     with (new / _WEIGHTS_FILE).open("wb") as stream:
         stream.write(header)
-        for key in sorted(ranges, key=lambda key: ranges[key]):
+        for number, key in enumerate(sorted(ranges, key=lambda key: ranges[key])):
+            report("drawing weights", number, len(ranges))
             stream.write(_random_tensor(random, key, shapes[key]).astype(dtype).view(np.uint8).data)
     sizes = sum(size for _, size in ranges.values())
     index = {"metadata": {"total_size": sizes}, "weight_map": dict.fromkeys(sorted(shapes), _WEIGHTS_FILE)}
     (new / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    replace_directory(new, destination)
+    replace_directory(new, destination, report)
 
 
 def byte_tokenizer(special: dict[str, int]) -> dict:
@@ -100,6 +103,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     try:
-        create(sys.argv[1], Path(sys.argv[2]))
+        with Display(Console(stderr=True, highlight=False)) as report:
+            create(sys.argv[1], Path(sys.argv[2]), report=report)
     except VL2Error as error:
         sys.exit(f"random_checkpoint: {error}")

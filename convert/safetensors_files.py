@@ -68,6 +68,12 @@ def scan(directory: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     return entries, problems
 
 
+def header_size(file: Path) -> int:
+    """Bytes before the first tensor, as the file states them."""
+    with file.open("rb") as stream:
+        return 8 + int.from_bytes(stream.read(8), "little")
+
+
 def _scan_file(file: Path) -> tuple[dict[str, TensorEntry], list[str]]:
     size = file.stat().st_size
     with file.open("rb") as stream:

@@ -9,14 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import (
-    Report,
     checksum,
     dtype_of,
     is_converted,
     read_manifest,
     read_pieces,
     replace_directory,
-    silent,
     unfinished_directory,
     write_manifest,
 )
@@ -25,6 +23,7 @@ from convert.safetensors_files import INDEX_FILE, layout_file
 from convert.weight_map import Leaf, plan
 from vl2_jax.config import read_config
 from vl2_jax.errors import CheckpointError
+from vl2_jax.progress import Report, silent
 
 _LARGEST_FILE = 8 * 2**30
 _SINGLE_FILE = "model.safetensors"
@@ -59,7 +58,7 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
                     stream.write(contiguous.view(np.uint8).data if contiguous.size else b"")
                 checksums[key] = {"xxh3": checksum(contiguous)}
     write_manifest(new, checksums)
-    replace_directory(new, destination)
+    replace_directory(new, destination, report)
 
 
 def _create_files(directory: Path, leaves: list[Leaf], dtypes: dict[str, np.dtype]) -> dict[str, tuple[Path, int]]:

@@ -1,12 +1,16 @@
 """The commands a user types, and the one sentence that a mistake gets."""
 
+import io
 import json
 import shutil
+import time
 
 import pytest
+from rich.console import Console
 
 from tests.conftest import GOLDENS
 from vl2_jax.cli import main
+from vl2_jax.progress import Display
 
 MODEL = str(GOLDENS / "nano-small")
 PICTURE = str(GOLDENS / "images" / "square.png")
@@ -26,6 +30,24 @@ def test_convert_export_and_info(tmp_path, capsys):
     main(["export", str(tmp_path / "converted"), str(tmp_path / "exported")])
     main(["info", str(tmp_path / "converted"), "--json"])
     assert json.loads(capsys.readouterr().out)["cache_bytes_per_token_bfloat16"] == 2 * 4 * 24
+
+
+def test_a_chat_shows_pictures_starts_again_and_survives_mistakes(monkeypatch, capsys):
+    lines = iter(["/image nowhere.png", f"/image {PICTURE}", "what is it?", "are you sure?", "/new", "hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    main(["chat", "--model", MODEL, "--max-tokens", "2"])
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) >= 3
+    assert "does not exist" in shown.err.replace("\n", " ")
+
+
+def test_long_work_gives_a_sign_of_life(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr("vl2_jax.progress._SECONDS_OF_SILENCE", 0.05)
+    with Display(Console(file=stream)) as report:
+        report("hashing", 1, 4)
+        time.sleep(0.3)
+    assert "hashing 25 %" in stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -51,17 +73,32 @@ def test_convert_export_and_info(tmp_path, capsys):
         ("export {model} {empty}/new", "is not a converted checkpoint"),
         ("convert {model} {empty}/new --dtype int7", "dtype 'int7' is not supported"),
         ("verify {model} {empty}", "holds no cases"),
+        ("generate --model deepseek-ai/deepseek-vl2-tiny --prompt x", "check the name and the connection"),
+        ("generate --model {model} --prompt x --image {empty}", "is not a file"),
+        ("generate --model {model} --prompt x --save-boxes {empty}/b.png", "needs a picture"),
+        ("generate --model {model} --prompt x --image {picture} --save-boxes {empty}/b.txt", "not a picture format"),
+        ("generate --model {model} --prompt x --image {picture} --save-boxes {empty}/no/b.png", "there is no folder"),
+        ("generate --model {other_size} --prompt x", "do not fit its config.json"),
+        ("generate --model {model} --prompt x --temperature 1 --top-k -1", "top_k is -1"),
+        ("generate --model {model} --prompt x --repetition-penalty 0", "repetition_penalty is 0.0"),
+        ("generate --model {model} --prompt {pictures} {many}", "for pictures"),
+        ("export {empty} {empty}/new", "is not a converted checkpoint"),
     ],
 )
-def test_a_mistake_gets_one_sentence(tmp_path, capsys, command, message):
+def test_a_mistake_gets_one_sentence(tmp_path, capsys, monkeypatch, command, message):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = {"model": MODEL, "picture": PICTURE, "long": "word" * 5000, "empty": tmp_path / "empty"}
+    places["pictures"], places["many"] = "<image>" * 300, f"--image {PICTURE} " * 300
     places["empty"].mkdir()
     for name, left_out in (("no_tokenizer", "tokenizer.json"), ("no_weights", "*.safetensors"), ("bad_config", "_")):
         places[name] = tmp_path / name
         shutil.copytree(MODEL, places[name], ignore=shutil.ignore_patterns("cases", left_out, "*.index.json"))
     (places["bad_config"] / "config.json").write_text("{not json")
+    places["other_size"] = tmp_path / "other_size"
+    shutil.copytree(MODEL, places["other_size"], ignore=shutil.ignore_patterns("cases"))
+    shutil.copy(GOLDENS / "nano-v2" / "config.json", places["other_size"])
     with pytest.raises(SystemExit) as caught:
-        main([part.format(**places) for part in command.split()])
+        main(command.replace("{many}", str(places["many"])).format(**places).split())
     assert caught.value.code == 1
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")

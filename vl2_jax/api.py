@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from convert.checkpoint import Report, dtype_of, is_converted, silent
+from convert.checkpoint import dtype_of, is_converted
 from convert.checkpoint import read_pieces as read_converted
 from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
@@ -24,6 +24,7 @@ from vl2_jax.inference.sampling import SamplingOptions
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
 from vl2_jax.processing.conversation import Conversation
+from vl2_jax.progress import Report, silent
 
 
 def load(

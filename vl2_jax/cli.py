@@ -6,8 +6,7 @@ import dataclasses
 import json as json_module
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +14,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vl2_jax.config import preset_names, read_config
-from vl2_jax.errors import CheckpointError, VerificationError, VL2Error
+from vl2_jax.errors import ImageError, VerificationError, VL2Error
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
+from vl2_jax.progress import Display
 
 app = tyro.extras.SubcommandApp()
 _messages = Console(stderr=True, highlight=False)
@@ -66,20 +65,23 @@ def generate(
     """
     # Pictures that cannot be read are reported before minutes are spent on loading weights.
     pictures = [load_image(path) for path in image]
+    if save_boxes is not None:
+        check_picture_file(save_boxes, pictures)
     vl2, seconds = _load(model, dtype=dtype, chunk_size=chunk_size, verify=verify)
     turn = {"role": "user", "content": with_image_tags(prompt, len(image)), "images": list(image)}
-    _messages.print("[dim]reading the prompt (the first answer also compiles the model) ...[/dim]")
-    (answer,) = vl2.generate(
-        [turn],
-        on_text=None if json else _stream,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        ignore_eos=ignore_eos,
-    )
+    with Display(_messages) as display:
+        vl2.generator.report = display
+        (answer,) = vl2.generate(
+            [turn],
+            on_text=None if json else _streaming(display),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            ignore_eos=ignore_eos,
+        )
     if json:
         timings = dataclasses.asdict(vl2.generator.timings) | {"load_seconds": seconds}
         boxes = [dataclasses.asdict(box) for box in answer.boxes]
@@ -87,8 +89,6 @@ def generate(
     else:
         print()
     if save_boxes is not None:
-        if not pictures:
-            raise CheckpointError("--save-boxes needs a picture; give --image.")
         draw_boxes(pictures[-1], answer.boxes).save(save_boxes)
         _messages.print(f"{len(answer.boxes)} box(es) drawn on {save_boxes}")
 
@@ -123,9 +123,10 @@ def chat(model: str, dtype: str | None = None, max_tokens: int = 512, temperatur
                 pictures.append(path)
             elif line:
                 text = with_image_tags(line, len(pictures))
-                conversation.ask(
-                    text, pictures, on_text=_stream, max_tokens=max_tokens, temperature=temperature, seed=seed
-                )
+                options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+                with Display(_messages) as display:
+                    vl2.generator.report = display
+                    conversation.ask(text, pictures, on_text=_streaming(display), **options)
                 pictures = []
                 print()
         except VL2Error as error:
@@ -146,7 +147,7 @@ def convert(
     from convert.from_torch import convert as run
     from vl2_jax.api import find_model
 
-    with _progress() as report:
+    with Display(_messages) as report:
         run(find_model(source), destination, dtype, report)
     _messages.print(f"converted {source} to {destination}")
 
@@ -161,7 +162,7 @@ def export(source: tyro.conf.Positional[Path], destination: tyro.conf.Positional
     """
     from convert.to_torch import export as run
 
-    with _progress() as report:
+    with Display(_messages) as report:
         run(source, destination, report)
     _messages.print(f"exported {source} to {destination}")
 
@@ -179,14 +180,11 @@ def verify(model: tyro.conf.Positional[str], goldens: tyro.conf.Positional[Path]
 
     vl2, _ = _load(model, dtype="float32")
     largest: dict[str, Any] = {}
-    case = ""
-    for check in run(vl2, goldens):
-        if check.case != case:
-            case = check.case
-            _messages.print(f"[dim]{case} ...[/dim]")
-        held = largest.get(check.quantity)
-        if held is None or not check.error <= held.error:
-            largest[check.quantity] = check
+    with Display(_messages) as report:
+        for check in run(vl2, goldens, report):
+            held = largest.get(check.quantity)
+            if held is None or not check.error <= held.error:
+                largest[check.quantity] = check
     failed = [check for check in largest.values() if not check.passed]
     if json:
         quantities = {name: dataclasses.asdict(c) | {"passed": c.passed} for name, c in largest.items()}
@@ -267,28 +265,33 @@ def _load(model: str, **options: Any) -> tuple[Any, float]:
     from vl2_jax.api import load
 
     begun = time.perf_counter()
-    with _progress() as report:
+    with Display(_messages) as report:
         vl2 = load(model, report=report, **options)
     return vl2, time.perf_counter() - begun
 
 
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A progress bar on standard error, one line a phase."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=_messages, transient=True) as bar:
-        tasks: dict[str, Any] = {}
+def check_picture_file(path: Path, pictures: list[Any]) -> None:
+    """Whether boxes can be drawn and written, asked before the work rather than after it.
 
-        def report(phase: str, done: int, total: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bar.add_task(phase, total=total)
-            bar.update(tasks[phase], completed=done)
+    Raises:
+      ImageError: there is no picture to draw on, no such folder, or no format of that name.
+    """
+    from PIL import Image
 
-        yield report
+    if not pictures:
+        raise ImageError("--save-boxes needs a picture to draw on; give --image.")
+    if not path.absolute().parent.is_dir():
+        raise ImageError(f"--save-boxes {path}: there is no folder {path.absolute().parent}; create it first.")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ImageError(f"--save-boxes {path}: {path.suffix!r} is not a picture format; use .png or .jpg.")
 
 
-def _stream(_: int, text: str) -> None:
-    print(text, end="", flush=True)
+def _streaming(display: Display) -> Callable[[int, str], None]:
+    def show(_: int, text: str) -> None:
+        display.close()
+        print(text, end="", flush=True)
+
+    return show
 
 
 def _print_json(value: Any) -> None:

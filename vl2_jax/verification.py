@@ -24,6 +24,7 @@ from vl2_jax.inference.sampling import SamplingOptions
 from vl2_jax.model.vl2 import apply
 from vl2_jax.processing.batch import Batch, Encoded, Processor
 from vl2_jax.processing.tiling import released_tiles
+from vl2_jax.progress import Report, silent
 from vl2_jax.training.objective import losses
 
 ABSOLUTE = 2e-4
@@ -47,7 +48,7 @@ class Check:
         return self.error <= self.tolerance  # a NaN fails
 
 
-def verify(vl2: VL2, goldens: Path) -> Iterator[Check]:
+def verify(vl2: VL2, goldens: Path, report: Report = silent) -> Iterator[Check]:
     """Runs every case and yields its comparisons.
 
     Raises:
@@ -57,7 +58,8 @@ def verify(vl2: VL2, goldens: Path) -> Iterator[Check]:
     if not paths:
         raise ConfigError(f"{goldens} holds no cases/*.json; give a directory of recorded cases.")
     processor = vl2.processor.replace(as_released=True)
-    for path in paths:
+    for number, path in enumerate(paths):
+        report(f"verifying {path.stem}", number, len(paths))
         info = json.loads(path.read_text(encoding="utf-8"))
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as stored:
             arrays = dict(stored)

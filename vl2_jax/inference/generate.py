@@ -31,6 +31,7 @@ from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import TEXT, Encoded, renumbered_rows
 from vl2_jax.processing.grounding import Box, parse_boxes
 from vl2_jax.processing.tokenizer import AnswerStream, Tokenizer
+from vl2_jax.progress import Report, silent
 
 _SHORTEST_CHUNK = 64
 _SMALLEST_CACHE = 256
@@ -100,6 +101,7 @@ class Generator:
     tokenizer: Tokenizer
     chunk_size: int = 512
     tile_chunk: int = 4
+    report: Report = silent
     timings: Timings = field(default_factory=Timings)
     _cache: Cache | None = None
 
@@ -153,7 +155,10 @@ class Generator:
         chunk = min(self.tile_chunk, bucket(len(tiles), 1))
         chunks = -(-len(tiles) // chunk)
         padded = np.pad(tiles, ((0, chunks * chunk - len(tiles)), (0, 0), (0, 0), (0, 0)))
-        parts = [_encode_tiles(self.model, self.params, padded[i * chunk : (i + 1) * chunk]) for i in range(chunks)]
+        parts: list[Array] = []
+        for i in range(chunks):
+            self._tell("looking at pictures", i, chunks, parts[-1:])
+            parts.append(_encode_tiles(self.model, self.params, padded[i * chunk : (i + 1) * chunk]))
         room = bucket(chunks, 1) - chunks
         return jnp.concatenate([*parts, *[jnp.zeros_like(parts[0])] * room])
 
@@ -188,6 +193,7 @@ class Generator:
         hidden = jnp.zeros((len(prompts), self._width), self.model.dtype)
         for i in range(chunks):
             begin = start + i * chunk
+            self._tell("reading the prompt", i, chunks, hidden)
             part = slice(begin, begin + chunk)
             x = _embed(self.model, self.params, ids[:, part], index[:, part], table)
             hidden, cache = _prefill(self.model, self.params, x, cache, hidden, np.int32(begin), last)
@@ -217,6 +223,10 @@ class Generator:
         state, token, logprob = _first_token(
             self.model, self.params, hidden, cache, lengths, seen, sampler, eos, greedy
         )
+        # Compiled before the first text appears, so that text does not stop after its first word.
+        self._tell("compiling the decoder", 0, 0, token)
+        nothing = np.zeros(len(prompts), bool), np.int32(0)
+        state, *_ = _decode(self.model, self.params, state, *nothing, sampler, eos, greedy)
         yield [[(int(t), float(p))] for t, p in zip(token, logprob)]
         steps = 1
         while not all(writer.finished for writer in writers):
@@ -235,6 +245,12 @@ class Generator:
             ]
         self._cache = state.cache
         self.timings.decode_seconds = time.perf_counter() - begun
+
+    def _tell(self, phase: str, done: int, total: int, result: Any) -> None:
+        """Reports progress, once the step before is really done; without a listener nothing waits."""
+        if self.report is not silent:
+            jax.block_until_ready(result)
+            self.report(phase, done, total)
 
     @property
     def _width(self) -> int:

@@ -115,7 +115,7 @@ def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None =
     return model.apply({"params": params}, *arguments, method=method)
 
 
-def divided_by_255(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def divided_by_255(x: Float[Array, ...]) -> Float[Array, ...]:
     """`x / 255` of whole numbers up to 255, correctly rounded, as the released processor rounds.
 
     XLA multiplies with the reciprocal of a constant divisor. The last bit of half of all values is then another one,
