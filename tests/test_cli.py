@@ -88,7 +88,7 @@ def test_long_work_gives_a_sign_of_life(monkeypatch):
 def test_a_mistake_gets_one_sentence(tmp_path, capsys, monkeypatch, command, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = {"model": MODEL, "picture": PICTURE, "long": "word" * 5000, "empty": tmp_path / "empty"}
-    places["pictures"], places["many"] = "<image>" * 300, f"--image {PICTURE} " * 300
+    places["pictures"], places["many"] = "<image>" * 400, f"--image {PICTURE} " * 400
     places["empty"].mkdir()
     for name, left_out in (("no_tokenizer", "tokenizer.json"), ("no_weights", "*.safetensors"), ("bad_config", "_")):
         places[name] = tmp_path / name
