@@ -56,7 +56,7 @@ def generate(
         top_k: When sampling, the number of tokens that are sampled from; 0 is no limit.
         repetition_penalty: By default 1.1 when sampling, none otherwise.
         seed: Of the sampling.
-        dtype: bfloat16 or float32; by default the checkpoint's.
+        dtype: bfloat16 or float32; by default float32 on a CPU that can hold it, else the checkpoint's.
         chunk_size: Prompt positions computed at a time.
         save_boxes: Write the last picture with the answer's boxes drawn on it.
         json: Print one object instead of streaming text: text, token_ids, boxes, timings.
@@ -99,7 +99,7 @@ def chat(model: str, dtype: str | None = None, max_tokens: int = 512, temperatur
 
     Args:
         model: Directory of a released or converted model, or a hub id.
-        dtype: bfloat16 or float32; by default the checkpoint's.
+        dtype: bfloat16 or float32; by default float32 on a CPU that can hold it, else the checkpoint's.
         max_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time.
         seed: Of the sampling.
