@@ -1,0 +1,38 @@
+"""The documentation is true: links lead where they say, and every notebook runs."""
+
+import ast
+import re
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+from docs.links import PAGES, ROOT, wrong_links
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_to_the_lines_that_do_it(page):
+    assert wrong_links(page) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_and_pictures_that_are_linked_exist(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_its_readable_script(notebook):
+    paired = jupytext.read(notebook.with_suffix(".py"))
+    stored = jupytext.read(notebook)
+    assert [(c.cell_type, c.source) for c in stored.cells] == [(c.cell_type, c.source) for c in paired.cells]
+    ast.parse(notebook.with_suffix(".py").read_text())
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(notebook):
+    book = jupytext.read(notebook)
+    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(Path(notebook).parent)}}).execute()
