@@ -170,8 +170,9 @@ class Generator:
         longest = max(map(len, prompts))
         if memory is not None and len(prompts) == 1:
             start = _shared_prefix(memory.fingerprints, prompts[0].fingerprints())
-        chunk = min(self.chunk_size, bucket(longest - start, _SHORTEST_CHUNK))
-        chunks = -(-(longest - start) // chunk)
+        # As few chunks as allowed, all of one size, little longer than needed: 1087 positions in 3 x 384, not 3 x 512.
+        chunks = -(-(longest - start) // self.chunk_size)
+        chunk = min(self.chunk_size, bucket(-(-(longest - start) // chunks), _SHORTEST_CHUNK))
         capacity = bucket(max(capacity, start + chunks * chunk), _SMALLEST_CACHE)
         cache = self._room_in(memory if start else None, len(prompts), capacity)
         self.timings.reused_tokens = start

@@ -6,6 +6,7 @@ A cache holds position s of every sequence in slot s, so that a mask needs nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from vl2_jax.config import LanguageConfig
 from vl2_jax.model.layers import Dtype, Linear, RMSNorm, attend, declare, softmax
 from vl2_jax.model.rope import rotate, softmax_scale
 
+_SLOTS_A_BLOCK = (512, 384, 256, 128)
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = tuple[Array, ...]
@@ -93,11 +95,23 @@ class LatentAttention(nn.Module):
                 mixed = jnp.einsum("bhts,bsr->bthr", probabilities, rows[..., :rank])
                 out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
             else:
-                expanded = jnp.einsum("bsr,rhk->bshk", rows[..., :rank], kv_b)
-                shared = jnp.broadcast_to(rows[:, :, None, rank:], (*expanded.shape[:3], rope))
-                keys = jnp.concatenate([expanded[..., :nope], shared], axis=-1)
+
+                def expand(rows: Float[Array, "B S R+P"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H V"]]:
+                    expanded = jnp.einsum("bsr,rhk->bshk", rows[..., :rank], kv_b)
+                    shared = jnp.broadcast_to(rows[:, :, None, rank:], (*expanded.shape[:3], rope))
+                    return jnp.concatenate([expanded[..., :nope], shared], axis=-1), expanded[..., nope:]
+
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
-                out = attend(queries, keys, expanded[..., nope:], mask, scale)
+                if cache is None:
+                    out = attend(queries, *expand(rows), mask, scale)
+                else:
+                    out = attend_to_filled(
+                        queries,
+                        lambda begin, size: expand(jax.lax.dynamic_slice_in_dim(rows, begin, size, axis=1)),
+                        rows.shape[1],
+                        positions,
+                        scale,
+                    )
         out = rearrange(out, "b t h v -> b t (h v)")
         return linear(config.hidden_size, ("heads", "embed"), "o_proj")(out), cache
 
@@ -134,10 +148,58 @@ class MultiHeadAttention(nn.Module):
             # [B, H, S, K]: the two last axes fill a TPU's tiles whatever the number of heads.
             new = (rearrange(rows, "b t h k -> b h t k") for rows in (keys, values))
             cache = tuple(write_cache(old, rows, positions, axis=2) for old, rows in zip(cache, new))
-            keys, values = (rearrange(rows, "b h s k -> b s h k") for rows in cache)
-        out = attend(queries, keys, values, mask, softmax_scale(config))
+        scale = softmax_scale(config)
+        if cache is None:
+            out = attend(queries, keys, values, mask, scale)
+        else:
+
+            def block(begin: Array, size: int) -> tuple[Array, ...]:
+                parts = (jax.lax.dynamic_slice_in_dim(rows, begin, size, axis=2) for rows in cache)
+                return tuple(rearrange(part, "b h s k -> b s h k") for part in parts)
+
+            out = attend_to_filled(queries, block, cache[0].shape[2], positions, scale)
         out = rearrange(out, "b t h k -> b t (h k)")
         return linear(("heads", "embed"), "o_proj")(out), cache
+
+
+def attend_to_filled(
+    queries: Float[Array, "B T H K"],
+    block: Callable[[Array, int], tuple[Array, ...]],
+    slots: int,
+    positions: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention to the slots of a cache up to the last query's position, a block of slots at a time.
+
+    The number of blocks is a value, not a shape: a short prompt in a long cache costs what a short cache would, and
+    nothing recompiles. Sums are rescaled as the largest score grows (Milakov and Gimelshein, arXiv 1805.02867).
+
+    Args:
+      block: keys `[B, size, H, K]` and values `[B, size, H, V]` of the slots from `begin` on.
+      slots: of the cache.
+      positions: of the queries; each sees the slots up to its own.
+    """
+    size = next((size for size in _SLOTS_A_BLOCK if slots % size == 0), slots)
+
+    def step(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        largest, total, mixed = sums
+        begin = number * size
+        keys, values = block(begin, size)
+        scores = jnp.einsum("bthk,bshk->bhts", queries, keys, preferred_element_type=jnp.float32) * scale
+        seen = begin + jnp.arange(size) <= positions[:, None, :, None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        larger = jnp.maximum(largest, scores.max(axis=-1))
+        weights, keep = jnp.exp(scores - larger[..., None]), jnp.exp(largest - larger)
+        new = jnp.einsum("bhts,bshv->bhtv", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return larger, total * keep + weights.sum(axis=-1), mixed * keep[..., None] + new
+
+    # Slot 0 is seen by every query, so the largest score is finite from the first block on.
+    _, values = jax.eval_shape(lambda: block(jnp.int32(0), size))
+    batch, length, heads, _ = queries.shape
+    sums = (jnp.full((batch, heads, length), -jnp.inf), jnp.zeros((batch, heads, length)))
+    start = (*sums, jnp.zeros((batch, heads, length, values.shape[-1])))
+    _, total, mixed = jax.lax.fori_loop(0, positions.max() // size + 1, step, start)
+    return rearrange(mixed / total[..., None], "b h t v -> b t h v").astype(queries.dtype)
 
 
 def write_cache(cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int) -> Array:

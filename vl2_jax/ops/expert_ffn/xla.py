@@ -9,6 +9,7 @@ not a shape: nothing recompiles and nothing is dropped, however the rows fall.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -47,9 +48,14 @@ def cut_into_blocks(expert_ids: Int[Array, " pairs"], experts: int, block: int) 
 
 
 def block_rows(pairs: int, experts: int) -> int:
-    """Rows in a block: about half of an expert's mean share, a power of two, at most `_LARGEST_BLOCK`."""
-    share = max(1, pairs // (2 * experts))
-    return min(_LARGEST_BLOCK, 1 << (share - 1).bit_length())
+    """Rows in a block: an expert's mean share and two deviations, so that one block does for nearly every expert.
+
+    Measured on 2 cores (512 x 352, 64 experts, top-6, useful GF/s): 384 tokens 54 with 32 rows, 82 with 48, 63 with 64;
+    1087 tokens 92 with 64, 106 with 128. A block costs as much whether it is full or not.
+    """
+    share = pairs / experts
+    rows = math.ceil(share + 2 * share**0.5) if share > 1 else 1
+    return min(_LARGEST_BLOCK, -(-rows // 16) * 16 if rows > 8 else 1 << (rows - 1).bit_length())
 
 
 @jax.custom_vjp
