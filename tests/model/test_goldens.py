@@ -18,8 +18,8 @@ from vl2_jax.processing.tiling import released_tiles
 
 INFERENCE_CASES = [(config, case) for config, case in CASES if not case.startswith("train")]
 ATOL = 2e-4
-# nano-v2 multiplies its experts' outputs by 16, and float32 rounding with them: rows of its layers reach 98. The order of
-# sums leaves 1.2e-3 in these two cases' layers and 3.1e-4 in the second's logits; PyTorch on this machine is further
+# nano-v2 multiplies its experts' outputs by 16, and float32 rounding with them: rows of its layers reach 98. The order
+# of sums leaves 1.2e-3 in these two cases' layers and 3.1e-4 in the second's logits; PyTorch on this machine is further
 # from its own recording: 3.9e-4 and 4.8e-4 in the logits (tests/peers).
 BEYOND = {("nano-v2", "ground_one"), ("nano-v2", "multi_turn")}
 
