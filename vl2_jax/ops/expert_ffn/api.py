@@ -5,13 +5,15 @@ N tokens, k experts a token, D model width, E experts, F expert width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.expert_ffn import reference, xla
+from vl2_jax.ops.expert_ffn import backward, pallas_tpu, reference, xla
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["xla", "pallas_tpu", "reference"]
 
 
 def expert_ffn(
@@ -36,11 +38,39 @@ def expert_ffn(
       down: down projections.
       expert_ids: the experts of each row, all different within a row.
       combine_weights: float32 weights of the experts' outputs.
-      implementation: "xla", or "reference" (every expert on every row, for tests); `None` is "xla".
+      implementation: "pallas_tpu" is the kernel, "xla" a loop over blocks of rows, "reference" every expert on every
+        row, for tests. `None` is the kernel where the program is compiled for a TPU and the kernel takes the dtype and
+        the shape (`pallas_tpu.supports`), else "xla".
 
     Returns:
       One row a token, in the dtype of `x`.
     """
     if implementation == "reference":
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
-    return xla.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
+    if implementation is None and not pallas_tpu.supports(x, gate):
+        implementation = "xla"
+    return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation):
+    return _forward(x, gate, up, down, expert_ids, combine_weights, implementation)[0]
+
+
+def _forward(x, gate, up, down, expert_ids, combine_weights, implementation):
+    arguments = (x, gate, up, down, expert_ids, combine_weights)
+    return _choose(implementation, pallas_tpu.expert_ffn, xla.expert_ffn)(*arguments), arguments
+
+
+def _backward(implementation, arguments, dout):
+    gradients = _choose(implementation, backward.backward, xla.backward)(*arguments, dout)
+    return (*gradients[:4], None, gradients[4])
+
+
+def _choose(implementation, kernel, plain):
+    if implementation is None:
+        return partial(jax.lax.platform_dependent, tpu=kernel, default=plain)
+    return {"pallas_tpu": kernel, "xla": plain}[implementation]
+
+
+_expert_ffn.defvjp(_forward, _backward)

@@ -1,0 +1,41 @@
+"""What kernels need to know of the chip they are compiled for: sizes, looked up by the kind of the mesh's devices.
+
+Nothing here asks which devices are attached. Under `jax.set_mesh(mesh)` the mesh being compiled for says it, so that a
+program for a TPU can be lowered on a machine that has none; without one, sizes are those that every chip has.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+_MIB = 1 << 20
+
+
+class Chip(NamedTuple):
+    """One TensorCore.
+
+    Attributes:
+      vmem: bytes of vector memory (JAX's own table, `jax._src.tpu_info`).
+      mxu: side of the systolic array.
+    """
+
+    vmem: int
+    mxu: int
+
+
+CHIPS = {
+    "TPU v4": Chip(16 * _MIB, 128),
+    "TPU v5 lite": Chip(128 * _MIB, 128),
+    "TPU v5": Chip(64 * _MIB, 128),
+    "TPU v6 lite": Chip(128 * _MIB, 256),
+    "TPU7x": Chip(64 * _MIB, 256),
+}
+_SMALLEST = Chip(64 * _MIB, 128)  # of the chips whose vector memory holds two experts; v4 is known by its mesh
+
+
+def chip_of_mesh() -> Chip:
+    """The chip of the mesh that is being compiled for; sizes that fit all newer ones if there is no mesh."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return CHIPS.get(getattr(device, "device_kind", ""), _SMALLEST)

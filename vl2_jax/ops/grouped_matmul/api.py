@@ -1,0 +1,92 @@
+"""`grouped_matmul`: products of rows that are ordered by group, each group with its own matrix.
+
+N rows, G groups, K depth, M width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from vl2_jax.ops.grouped_matmul import pallas_tpu, reference, xla
+
+Implementation = Literal["xla", "pallas_tpu", "reference"]
+
+
+def grouped_matmul(
+    lhs: Float[Array, "N K"],
+    rhs: Float[Array, "G K M"],
+    group_sizes: Int[Array, " G"],
+    *,
+    transpose_rhs: bool = False,
+    implementation: Implementation | None = None,
+) -> Float[Array, "N M"]:
+    """`lhs[n] @ rhs[g]` for the group `g` of each row, as `jax.lax.ragged_dot`, whose cost it does not have.
+
+    Differentiable in `lhs` and `rhs`. Products accumulate in float32 and are rounded to the dtype of `lhs`.
+
+    Args:
+      lhs: rows, those of group 0 first.
+      rhs: a matrix a group; `[G, M, K]` with `transpose_rhs`.
+      group_sizes: rows of each group; they add up to N.
+      transpose_rhs: multiply with the transposed matrices.
+      implementation: `None` is the kernel where the program is compiled for a TPU and the kernel takes it, else "xla".
+    """
+    return _grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, implementation)
+
+
+def grouped_transposed_matmul(
+    lhs: Float[Array, "N K"],
+    rhs: Float[Array, "N M"],
+    group_sizes: Int[Array, " G"],
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "G K M"]:
+    """`lhs[rows of g].T @ rhs[rows of g]` for every group: the gradient of `grouped_matmul` in its matrices.
+
+    A group without rows gets zeros. Arguments as in `grouped_matmul`.
+    """
+    if implementation == "reference":
+        return reference.grouped_transposed_matmul(lhs, rhs, group_sizes)
+    if implementation == "pallas_tpu":
+        return pallas_tpu.grouped_transposed_matmul(lhs, rhs, group_sizes)
+    if implementation == "xla" or not pallas_tpu.supports(lhs, lhs.shape[1], rhs.shape[1]):
+        return xla.grouped_transposed_matmul(lhs, rhs, group_sizes)
+    return jax.lax.platform_dependent(
+        lhs, rhs, group_sizes, tpu=pallas_tpu.grouped_transposed_matmul, default=xla.grouped_transposed_matmul
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, implementation):
+    return _forward(lhs, rhs, group_sizes, transpose_rhs, implementation)[0]
+
+
+def _forward(lhs, rhs, group_sizes, transpose_rhs, implementation):
+    kernel = partial(pallas_tpu.grouped_matmul, transpose_rhs=transpose_rhs)
+
+    def plain(lhs, rhs, group_sizes):
+        module = reference if implementation == "reference" else xla
+        return module.grouped_matmul(lhs, rhs.swapaxes(1, 2) if transpose_rhs else rhs, group_sizes)
+
+    if implementation == "pallas_tpu":
+        out = kernel(lhs, rhs, group_sizes)
+    elif implementation is not None or not pallas_tpu.supports(lhs, *rhs.shape[1:]):
+        out = plain(lhs, rhs, group_sizes)
+    else:
+        out = jax.lax.platform_dependent(lhs, rhs, group_sizes, tpu=kernel, default=plain)
+    return out, (lhs, rhs, group_sizes)
+
+
+def _backward(transpose_rhs, implementation, saved, dout):
+    lhs, rhs, group_sizes = saved
+    dlhs = _grouped_matmul(dout, rhs, group_sizes, not transpose_rhs, implementation)
+    sides = (dout, lhs) if transpose_rhs else (lhs, dout)
+    drhs = grouped_transposed_matmul(*sides, group_sizes, implementation=implementation)
+    return dlhs, drhs.astype(rhs.dtype), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
