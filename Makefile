@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+comma := ,
 
-.PHONY: demo test test-slow peers lint setup clean
+.PHONY: demo test test-slow peers tpu lint setup clean
 
 demo: $(VENV)/.ready-demo
 	@test -d out/nano || $(BIN)/python -m convert.random_checkpoint vl2-nano out/nano
@@ -22,6 +23,11 @@ test-slow: $(VENV)/.ready-test
 peers: $(VENV)/.ready-peers
 	$(BIN)/python -m pytest -q -rP tests/peers
 
+# The TPU compiler comes as a wheel. It has an environment of its own: it writes to the terminal wherever jax starts.
+tpu:
+	$(MAKE) .venv-tpu/.ready-tpu VENV=.venv-tpu
+	.venv-tpu/bin/python -m pytest -n $(WORKERS) -q tests/tpu
+
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,7 +37,7 @@ setup: $(VENV)/.ready-dev
 
 $(VENV)/.ready-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(if $(filter demo,$*),.,.[$*])"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(if $(filter demo,$*),.,.[$(if $(filter tpu,$*),test$(comma))$*])"
 	touch $@
 
 clean:
