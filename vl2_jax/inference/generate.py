@@ -149,11 +149,11 @@ class Generator:
         return answers, Memory(self._cache, prints)
 
     def encode_tiles(self, tiles: np.ndarray) -> Float[Array, "I M D"]:
-        """Tokens of all tiles, a fixed number at a time, rounded up to a power of two of chunks."""
+        """Tokens of all tiles, at most `tile_chunk` at a time; a bucket of chunks, the last of them empty."""
         if not len(tiles):
             return jnp.zeros((0, self.model.config.tokens_per_tile, self._width), self.model.dtype)
-        chunk = min(self.tile_chunk, bucket(len(tiles), 1))
-        chunks = -(-len(tiles) // chunk)
+        chunks = -(-len(tiles) // self.tile_chunk)
+        chunk = -(-len(tiles) // chunks)  # 5 tiles are 2 x 3, not 2 x 4
         padded = np.pad(tiles, ((0, chunks * chunk - len(tiles)), (0, 0), (0, 0), (0, 0)))
         parts: list[Array] = []
         for i in range(chunks):

@@ -71,8 +71,7 @@ def grouped_matmul(
     """See `api.grouped_matmul`. With `transpose_rhs`, rhs is `[G, M, K]`."""
     (rows, depth), groups = lhs.shape, rhs.shape[0]
     width = rhs.shape[1] if transpose_rhs else rhs.shape[2]
-    height = _height(rows, groups)
-    columns = _columns(width, depth * 2)
+    height, _, columns, _ = blocks_of_product(rows, groups, depth, width)
     visits = plan_visits(group_sizes, rows, height, every_group=False)
 
     def kernel(tile, group, begin, end, existing, lhs_block, rhs_block, out_block):
@@ -114,9 +113,7 @@ def grouped_transposed_matmul(
 ) -> Float[Array, "G K M"]:
     """See `api.grouped_transposed_matmul`."""
     (rows, depth), width, groups = lhs.shape, rhs.shape[1], group_sizes.shape[0]
-    height = _height(rows, groups)
-    lines = _columns(depth, 512 * 4)
-    columns = _columns(width, lines * 4)
+    height, lines, columns, _ = blocks_of_transposed(rows, groups, depth, width)
     visits = plan_visits(group_sizes, rows, height, every_group=True)
 
     def kernel(tile, group, begin, end, existing, lhs_block, rhs_block, out_block, total):
@@ -158,6 +155,26 @@ def grouped_transposed_matmul(
         compiler_params=_parameters(),
         name="grouped_transposed_matmul",
     )(*visits, lhs, rhs)
+
+
+class Blocks(NamedTuple):
+    """Sizes of the blocks of one step of the grid, and the vector memory they take, two of each."""
+
+    height: int
+    depth: int
+    columns: int
+    vmem: int
+
+
+def blocks_of_product(rows: int, groups: int, depth: int, width: int) -> Blocks:
+    height, columns = _height(rows, groups), _columns(width, depth * 2)
+    return Blocks(height, depth, columns, 4 * (height * depth + depth * columns + height * columns))
+
+
+def blocks_of_transposed(rows: int, groups: int, depth: int, width: int) -> Blocks:
+    height, lines = _height(rows, groups), _columns(depth, 512 * 4)
+    columns = _columns(width, lines * 4)
+    return Blocks(height, lines, columns, 4 * (height * (lines + columns) + 2 * lines * columns))
 
 
 def _height(rows: int, groups: int) -> int:

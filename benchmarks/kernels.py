@@ -1,0 +1,116 @@
+"""What the TPU compiler makes of every kernel, on a machine without a TPU: a row a kernel, chip, size and tokens.
+
+    make tpu                                                     # once: an environment with the compiler
+    .venv-tpu/bin/python benchmarks/kernels.py [--targets v5e v6e] [--sizes small] [--tokens 64 4096]
+
+    VMEM       vector memory the kernel asks for, by construction
+    HBM        bytes it moves if every expert is hit, by construction
+    hot loop   instruction bundles of the loop with most matrix work, and the cycles its busiest MXU needs for that work
+    spills     vector registers that this loop stores and loads for want of room
+    compile    seconds for the whole program, dispatch included, and for writing the schedule out (most of them)
+
+Bundles and spills are read from the compiler's final schedule. Nothing here was run on a chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+DUMP = tempfile.mkdtemp(prefix="bundles-")
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+
+from tests.tpu.compiling import SIZES, TARGETS, TOP_K, compile_for, expert_shapes, one_chip
+from vl2_jax.ops.chips import CHIPS
+from vl2_jax.ops.expert_ffn.api import expert_ffn
+from vl2_jax.ops.expert_ffn.tiling import choose_tiling, scratch_bytes
+from vl2_jax.ops.grouped_matmul import pallas_tpu as grouped
+from vl2_jax.ops.grouped_matmul.api import grouped_matmul, grouped_transposed_matmul
+
+CYCLES_A_VMATMUL = {"v5e": 16, "v5p": 16, "v6e": 8, "tpu7x": 8}  # of one MXU, for 16 packed rows of bfloat16
+_REGION = re.compile(r"\b(LB|LH|PB|PF|LE|CT):")
+_BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s.*:")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 256, 512, 4096])
+    options = parser.parse_args()
+    columns = "tokens  calls  VMEM MB   HBM MB  hot loop  MXU needs  spills  compile s"
+    print(f"{'kernel':25} {'chip':6} {'size':6} {columns}")
+    for target in options.targets:
+        for size in options.sizes:
+            for tokens in options.tokens:
+                for name, function, shapes, facts in cases(target, size, tokens):
+                    begun = time.perf_counter()
+                    compile_for(target, function, *shapes)
+                    seconds = time.perf_counter() - begun
+                    bundles, ideal, spills = hot_loop(CYCLES_A_VMATMUL[target])
+                    calls, vmem, hbm = facts
+                    print(
+                        f"{name:25} {target:6} {size:6} {tokens:6} {calls:6} {vmem / 1e6:8.1f} {hbm / 1e6:8.1f}"
+                        f" {bundles:9} {ideal:10} {spills:7} {seconds:10.1f}",
+                        flush=True,
+                    )
+
+
+def cases(target: str, size: str, tokens: int):
+    """(name, function, argument shapes, (calls, VMEM bytes, HBM bytes))."""
+    width, hidden, experts = SIZES[size]
+    weights = 3 * experts * width * hidden * 2
+    chip = CHIPS[one_chip(target).devices.flat[0].device_kind]
+    tiling = choose_tiling(chip, tokens, width, hidden, experts, TOP_K)
+    assert tiling is not None
+    calls = -(-tokens // tiling.chunk)
+    hit = min(experts, tokens * TOP_K) * calls
+    moved = weights // experts * hit + 2 * tokens * width * 2 + 8 * tokens * TOP_K
+    yield (
+        "expert_ffn",
+        expert_ffn,
+        expert_shapes(size, tokens),
+        (calls, scratch_bytes(tiling, width, hidden), moved),
+    )
+    if tokens < 256:
+        return  # gradients are of many tokens
+    shape, rows = jax.ShapeDtypeStruct, tokens * TOP_K
+    sizes, lhs = shape((experts,), jnp.int32), shape((rows, width), jnp.bfloat16)
+    plan = grouped.blocks_of_product(rows, experts, width, hidden)
+    moved = 2 * (hidden // plan.columns * rows * width + experts * width * hidden + rows * hidden)
+    rhs = shape((experts, width, hidden), jnp.bfloat16)
+    yield "grouped_matmul", grouped_matmul, [lhs, rhs, sizes], (1, plan.vmem, moved)
+    plan = grouped.blocks_of_transposed(rows, experts, width, hidden)
+    moved = 2 * (hidden // plan.columns * rows * width + width // plan.depth * rows * hidden + experts * width * hidden)
+    other = shape((rows, hidden), jnp.bfloat16)
+    yield "grouped_transposed_matmul", grouped_transposed_matmul, [lhs, other, sizes], (1, plan.vmem, moved)
+
+
+def hot_loop(cycles_a_vmatmul: int) -> tuple[int, int, int]:
+    """(bundles, cycles of the busiest MXU, vector spills) of the loop with most matrix work; empties the dump."""
+    best = (0, 0, 0)
+    for path in Path(DUMP).glob("*"):
+        if path.name.endswith("-final_bundles.txt"):
+            for region in _REGION.split(path.read_text(errors="replace")):
+                work = [region.count(f"mxu{number}") for number in range(4)]
+                vmatmuls = [len(re.findall(rf"= vmatmul[\w.]*mxu{number}", region)) for number in range(4)]
+                ideal = max(vmatmuls) * cycles_a_vmatmul
+                if sum(work) and ideal > best[1]:
+                    bundles = sum(bool(_BUNDLE.match(line)) for line in region.splitlines()[1:]) + 1
+                    best = (bundles, ideal, len(re.findall(r"(?:vld|vst) \[vmem:\[#\w+_spill", region)))
+        path.unlink(missing_ok=True)
+    return best
+
+
+if __name__ == "__main__":
+    main()
