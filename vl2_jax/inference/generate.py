@@ -172,7 +172,7 @@ class Generator:
             start = _shared_prefix(memory.fingerprints, prompts[0].fingerprints())
         # As few chunks as allowed, all of one size, little longer than needed: 1087 positions in 3 x 384, not 3 x 512.
         chunks = -(-(longest - start) // self.chunk_size)
-        chunk = min(self.chunk_size, bucket(-(-(longest - start) // chunks), _SHORTEST_CHUNK))
+        chunk = min(self.chunk_size, chunk_length(-(-(longest - start) // chunks)))
         capacity = bucket(max(capacity, start + chunks * chunk), _SMALLEST_CACHE)
         cache = self._room_in(memory if start else None, len(prompts), capacity)
         self.timings.reused_tokens = start
@@ -341,6 +341,12 @@ class _AnswerWriter:
         text, self._unsent = self._unsent[:length], self._unsent[length:]
         self.text += text
         return text
+
+
+def chunk_length(positions: int) -> int:
+    """`positions` rounded up to an eighth of their power of two, at least 64: little waste, eight shapes an octave."""
+    step = max(_SHORTEST_CHUNK, 1 << max(0, positions.bit_length() - 4))
+    return -(-positions // step) * step
 
 
 def bucket(size: int, smallest: int) -> int:
