@@ -27,6 +27,7 @@ peers: $(VENV)/.ready-peers
 tpu:
 	$(MAKE) .venv-tpu/.ready-tpu VENV=.venv-tpu
 	.venv-tpu/bin/python -m pytest -n $(WORKERS) -q tests/tpu
+	.venv-tpu/bin/python benchmarks/kernels.py --sizes small --tokens 8 512
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

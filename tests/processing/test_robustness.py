@@ -82,6 +82,28 @@ def test_cmyk_and_animated_pictures_are_read():
     assert load_image(animated).getpixel((0, 0)) == (255, 0, 0)
 
 
+HAND_MADE = [
+    (kind, mode, size)
+    for kind, modes in {
+        "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+        "JPEG": ("L", "RGB", "CMYK"),
+        "GIF": ("1", "L", "P", "RGB"),
+        "BMP": ("1", "L", "P", "RGB"),
+        "WEBP": ("L", "RGB", "RGBA"),
+        "TIFF": ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"),
+        "PPM": ("1", "L", "RGB"),
+    }.items()
+    for mode in modes
+    for size in ((1, 1), (3, 500))
+]
+
+
+@pytest.mark.parametrize(("kind", "mode", "size"), HAND_MADE)
+def test_every_format_and_mode_becomes_rgb_of_its_size(kind, mode, size):
+    picture = load_image(saved(Image.new(mode, size), format=kind))
+    assert (picture.mode, picture.size) == ("RGB", size)
+
+
 def test_what_is_not_an_accepted_picture_is_named(tmp_path):
     for source, message in (
         (tmp_path / "none.png", "does not exist"),
