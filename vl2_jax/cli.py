@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_module
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -306,6 +307,8 @@ def main(arguments: Annotated[list[str] | None, tyro.conf.Suppress] = None) -> N
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `vl2 info M | head`: whoever read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
