@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-_TALL, _LOW = 256, 64  # rows of a tile: many rows a group, few rows a group
+_TALL, _LOW = 128, 64  # rows of a tile: many rows a group, few rows a group. Tiles at borders count twice.
 _BLOCK_BYTES = 6 << 20  # of the largest block: two of each are in vector memory, which is 64 MiB on the smallest chip
 _VMEM = 60 << 20
 
@@ -172,19 +172,25 @@ def blocks_of_product(rows: int, groups: int, depth: int, width: int) -> Blocks:
 
 
 def blocks_of_transposed(rows: int, groups: int, depth: int, width: int) -> Blocks:
-    height, lines = _height(rows, groups), _columns(depth, 512 * 4)
-    columns = _columns(width, lines * 4)
+    """The block of a group's result for which the rows are read least often: both widths count, 1408 is 11 x 128."""
+    height = _height(rows, groups)
+    pairs = [(lines, columns) for lines in _divisors(depth) for columns in _divisors(width)]
+    fitting = [(lines, columns) for lines, columns in pairs if lines * columns * 4 <= _BLOCK_BYTES]
+    lines, columns = min(fitting, key=lambda pair: depth * (width // pair[1]) + width * (depth // pair[0]))
     return Blocks(height, lines, columns, 4 * (height * (lines + columns) + 2 * lines * columns))
 
 
 def _height(rows: int, groups: int) -> int:
-    return _TALL if rows >= groups * _TALL // 4 else _LOW
+    return _TALL if rows >= groups * _TALL // 2 else _LOW
 
 
 def _columns(width: int, bytes_a_column: int) -> int:
     """The widest block whose width divides `width` and is a multiple of 128."""
-    sizes = [size for size in range(128, width + 1, 128) if width % size == 0]
-    return max(size for size in sizes if size == 128 or size * bytes_a_column <= _BLOCK_BYTES)
+    return max(size for size in _divisors(width) if size == 128 or size * bytes_a_column <= _BLOCK_BYTES)
+
+
+def _divisors(width: int) -> list[int]:
+    return [size for size in range(128, width + 1, 128) if width % size == 0]
 
 
 def _parameters() -> pltpu.CompilerParams:
