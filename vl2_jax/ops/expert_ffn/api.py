@@ -9,9 +9,10 @@ from functools import partial
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.expert_ffn import backward, pallas_tpu, reference, xla
+from vl2_jax.ops.expert_ffn import reference, xla
 
 Implementation = Literal["xla", "pallas_tpu", "reference"]
 
@@ -47,7 +48,7 @@ def expert_ffn(
     """
     if implementation == "reference":
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
-    if implementation is None and not pallas_tpu.supports(x, gate):
+    if implementation is None and not _kernel_supports(x, gate):
         implementation = "xla"
     return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation)
 
@@ -59,12 +60,35 @@ def _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation):
 
 def _forward(x, gate, up, down, expert_ids, combine_weights, implementation):
     arguments = (x, gate, up, down, expert_ids, combine_weights)
-    return _choose(implementation, pallas_tpu.expert_ffn, xla.expert_ffn)(*arguments), arguments
+    return _choose(implementation, _kernel, xla.expert_ffn)(*arguments), arguments
 
 
 def _backward(implementation, arguments, dout):
-    gradients = _choose(implementation, backward.backward, xla.backward)(*arguments, dout)
+    gradients = _choose(implementation, _kernel_backward, xla.backward)(*arguments, dout)
     return (*gradients[:4], None, gradients[4])
+
+
+# Pallas takes a third of a second to import, so it is imported where a kernel may be used.
+
+
+def _kernel_supports(x, gate):
+    if x.dtype != jnp.bfloat16:
+        return False
+    from vl2_jax.ops.expert_ffn import pallas_tpu
+
+    return pallas_tpu.supports(x, gate)
+
+
+def _kernel(*arguments):
+    from vl2_jax.ops.expert_ffn import pallas_tpu
+
+    return pallas_tpu.expert_ffn(*arguments)
+
+
+def _kernel_backward(*arguments):
+    from vl2_jax.ops.expert_ffn import backward
+
+    return backward.backward(*arguments)
 
 
 def _choose(implementation, kernel, plain):
