@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from vl2_jax.ops.expert_ffn.pallas_tpu import order_by_expert
+from vl2_jax.ops.expert_ffn.pallas_tpu import bits_of, order_by_expert
 from vl2_jax.ops.grouped_matmul.api import Implementation, grouped_matmul, grouped_transposed_matmul
 
 
@@ -21,7 +21,7 @@ def backward(
     """Gradients of all arguments but `expert_ids`, from the gradient of the result."""
     tokens, k = expert_ids.shape
     routing = order_by_expert(expert_ids, combine_weights, gate.shape[0], slack=0)
-    slot_bits = (k - 1).bit_length()
+    slot_bits = bits_of(k)
     token, slot = routing.pairs >> slot_bits, routing.pairs & ((1 << slot_bits) - 1)
     sizes = routing.counts
 

@@ -100,9 +100,9 @@ def order_by_expert(
 ) -> Ordered:
     """One sort of integers that hold expert and pair, and one comparison: scatters and `bincount` cost 100 us more."""
     tokens, k = expert_ids.shape
-    slot_bits = _bits(k)
-    pair_bits = slot_bits + _bits(tokens)
-    if pair_bits + _bits(experts) > 31:
+    slot_bits = bits_of(k)
+    pair_bits = slot_bits + bits_of(tokens)
+    if pair_bits + bits_of(experts) > 31:
         raise ValueError(f"{tokens} tokens x {experts} experts do not fit in 31 bits; use a smaller chunk.")
     pair = (jnp.arange(tokens, dtype=jnp.int32) << slot_bits)[:, None] | jnp.arange(k, dtype=jnp.int32)
     keys = jnp.sort(((expert_ids.astype(jnp.int32) << pair_bits) | pair).ravel())
@@ -145,7 +145,7 @@ def _kernel(
     """All row tiles of all experts that were hit, for the tokens from `first_token` on."""
     (out_hbm, gate, up, down, x_words, sums, x_tile, stage, gate_up, hidden, outputs, arriving, leaving,
      hit, offsets, weight_arrived, x_arrived, out_left) = rest[-18:]  # fmt: skip
-    s, heights, slot_bits = scratch, scratch.tiling.heights, _bits(k)
+    s, heights, slot_bits = scratch, scratch.tiling.heights, bits_of(k)
     f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
 
     # The experts that were hit, and where the rows of each begin.
@@ -415,6 +415,6 @@ def _pieces(length: int, most: int) -> list[tuple[int, int]]:
     return [(begin, min(most, length - begin)) for begin in range(0, length, most)]
 
 
-def _bits(values: int) -> int:
+def bits_of(values: int) -> int:
     """Bits that numbers below `values` take."""
     return (values - 1).bit_length()
