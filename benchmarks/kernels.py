@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from tests.tpu.compiling import SIZES, TARGETS, TOP_K, compile_for, expert_shapes, one_chip
 from vl2_jax.ops.chips import CHIPS
 from vl2_jax.ops.expert_ffn.api import expert_ffn
-from vl2_jax.ops.expert_ffn.tiling import choose_tiling, scratch_bytes
+from vl2_jax.ops.expert_ffn.tiling import Scratch, choose_tiling
 from vl2_jax.ops.grouped_matmul import pallas_tpu as grouped
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul, grouped_transposed_matmul
 
@@ -80,7 +80,7 @@ def cases(target: str, size: str, tokens: int):
         "expert_ffn",
         expert_ffn,
         expert_shapes(size, tokens),
-        (calls, scratch_bytes(tiling, width, hidden), moved),
+        (calls, Scratch(tiling, width, hidden).bytes, moved),
     )
     if tokens < 256:
         return  # gradients are of many tokens

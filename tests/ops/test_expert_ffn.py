@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from vl2_jax.ops.chips import CHIPS
 from vl2_jax.ops.expert_ffn import backward, pallas_tpu
 from vl2_jax.ops.expert_ffn.api import expert_ffn
-from vl2_jax.ops.expert_ffn.tiling import Tiling, choose_tiling, scratch_bytes
+from vl2_jax.ops.expert_ffn.tiling import Scratch, Tiling, choose_tiling
 
 
 def problem(seed, tokens, experts, k, width=12, hidden=8):
@@ -92,6 +92,25 @@ def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, r
     assert np.abs(np.asarray(ours, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("TPU v5 lite", 150), ("TPU v6 lite", 250)])
+def test_tall_tiles_equal_the_reference(name, tokens):
+    """The table's own tiling of many rows an expert: tall tiles first, low ones for what is left."""
+    arguments = rounded(problem(7, tokens, 2, 1, 256, 128))
+    tiling = choose_tiling(CHIPS[name], tokens, 256, 128, 2, 1)
+    assert tiling.heights[0] >= 96
+    with pltpu.force_tpu_interpret_mode():
+        ours = np.asarray(pallas_tpu.expert_ffn(*arguments, tiling=tiling), np.float32)
+    expected = np.asarray(wide_reference(*arguments))
+    assert np.abs(ours - expected).max() <= 1e-2 * np.abs(expected).max()
+
+
+def test_the_kernel_ends_well_without_any_row_to_multiply():
+    x, gate, up, down, ids, weights = rounded(problem(3, 5, 4, 2, 256, 128))
+    with pltpu.force_tpu_interpret_mode():
+        ours = pallas_tpu.expert_ffn(x, gate, up, down, jnp.full_like(ids, 4), weights, tiling=SMALL_TILING)
+    assert not np.asarray(ours, np.float32).any()
+
+
 def test_the_kernel_has_no_races(capfd):
     arguments = rounded(problem(3, 40, 4, 2, 256, 128))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
@@ -118,6 +137,6 @@ def test_every_chip_and_size_has_a_tiling_that_fits(name, size, tokens):
     width, expert_width, experts = size
     tiling = choose_tiling(CHIPS[name], tokens, width, expert_width, experts, 6)
     assert tiling is not None
-    assert scratch_bytes(tiling, width, expert_width) < CHIPS[name].vmem
+    assert Scratch(tiling, width, expert_width).bytes < CHIPS[name].vmem
     assert tiling.plan[-1][0] > 0
     assert all(height % 16 == 0 for height in tiling.heights)

@@ -115,25 +115,12 @@ def order_by_expert(
 
 
 def _scratch_shapes(s: Scratch, tokens: int, experts: int) -> list[Any]:
-    """In the order of `_kernel`'s parameters; one row more than there are tokens takes what belongs to no token."""
-    tall, move = s.tiling.heights[0], min(s.tiling.move, tokens)
-    vmem, bf16, f32, i32 = pltpu.VMEM, jnp.bfloat16, jnp.float32, jnp.int32
+    """In the order of `_kernel`'s parameters."""
     return [
-        vmem((2, s.width, s.expert_width), bf16),
-        vmem((2, s.width, s.expert_width), bf16),
-        vmem((2, s.expert_width, s.width), bf16),
-        vmem((round_up((tokens + 1) * s.words, 8), LANES), i32),
-        vmem((round_up((tokens + 1) * s.lines, 64), LANES), f32),
-        vmem((s.gathered_a_step * s.down_steps, s.width), bf16),
-        vmem((s.gathered_a_step * s.word_pitch, LANES), i32),
-        vmem((tall, 2 * LANES), f32),
-        vmem((tall, s.expert_width), bf16),
-        vmem((round_up(s.combined_a_step * s.gate_steps * s.line_pitch, 8), LANES), f32),
-        vmem((IN_FLIGHT, move, s.width), bf16),
-        vmem((IN_FLIGHT, move, s.width), bf16),
-        pltpu.SMEM((experts + 1,), i32),
-        pltpu.SMEM((experts + 2,), i32),
-        pltpu.SemaphoreType.DMA((2, 3)),
+        *(pltpu.VMEM(shape, jnp.dtype(dtype)) for shape, dtype in s.vector_buffers(tokens)),
+        pltpu.SMEM((experts + 1,), jnp.int32),
+        pltpu.SMEM((experts + 2,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2, 2 + s.down_pieces)),
         pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
         pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
     ]
@@ -148,24 +135,27 @@ def _kernel(
     s, heights, slot_bits = scratch, scratch.tiling.heights, bits_of(k)
     f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
 
-    # The experts that were hit, and where the rows of each begin.
-
-    def list_expert(expert, carry):
-        number, row = carry
-        hit[number], offsets[number] = expert, row
-        return number + (counts[expert] > 0).astype(i32), row + counts[expert]
-
-    experts_hit, rows = lax.fori_loop(0, counts.shape[0], list_expert, (jnp.int32(0), jnp.int32(0)))
-    offsets[experts_hit] = offsets[experts_hit + 1] = rows
-
-    def weight_copy(number, part):
-        source, target = ((gate_hbm, gate), (up_hbm, up), (down_hbm, down))[part]
+    def copy_of(source, target, number, part, columns):
         slot = number % 2
-        return pltpu.make_async_copy(source.at[hit[number]], target.at[slot], weight_arrived.at[slot, part])
+        return pltpu.make_async_copy(
+            source.at[hit[number], :, columns], target.at[slot, :, columns], weight_arrived.at[slot, part]
+        )
+
+    def gate_up_copies(number):
+        pairs = ((gate_hbm, gate), (up_hbm, up))
+        return [copy_of(*pair, number, part, pl.ds(0, s.expert_width)) for part, pair in enumerate(pairs)]
+
+    def down_copy(number, piece):
+        """Down comes in pieces: the first columns are multiplied while the last ones arrive."""
+        width = s.width // s.down_pieces
+        return copy_of(down_hbm, down, number, 2 + piece, pl.ds(pl.multiple_of(piece * width, LANES), width))
+
+    def copies_of(number):
+        return (*gate_up_copies(number), *(down_copy(number, piece) for piece in range(s.down_pieces)))
 
     def fetch_expert(number):
-        for part in range(3):
-            weight_copy(number, part).start()
+        for copy in copies_of(number):
+            copy.start()
 
     # x arrives in pieces and is packed: word c of a row holds columns 256 c + lane (low) and 256 c + 128 + lane (high).
 
@@ -179,6 +169,27 @@ def _kernel(
         buffer = piece % IN_FLIGHT
         source = x_hbm.at[pl.ds(first_token + piece_start(piece), move)]
         return pltpu.make_async_copy(source, arriving.at[buffer], x_arrived.at[buffer])
+
+    for piece in range(min(IN_FLIGHT, pieces)):
+        x_copy(piece).start()
+
+    # The experts that were hit, and where the rows of each begin. The first one's weights are asked for at once, or,
+    # as copies are served in order, after the last piece of x.
+
+    experts = counts.shape[0]
+    hit[0] = lax.while_loop(
+        lambda expert: (expert < experts - 1) & (counts[expert] == 0), lambda expert: expert + 1, jnp.int32(0)
+    )
+    if pieces <= IN_FLIGHT:
+        fetch_expert(0)
+
+    def list_expert(expert, carry):
+        number, row = carry
+        hit[number], offsets[number] = expert, row
+        return number + (counts[expert] > 0).astype(i32), row + counts[expert]
+
+    experts_hit, rows = lax.fori_loop(0, experts, list_expert, (jnp.int32(0), jnp.int32(0)))
+    offsets[experts_hit] = offsets[experts_hit + 1] = rows
 
     def pack_piece(piece, _):
         x_copy(piece).wait()
@@ -196,14 +207,9 @@ def _kernel(
         lax.fori_loop(0, move // 16, pack_sixteen, 0)
         if pieces > IN_FLIGHT:
             pl.when(piece + IN_FLIGHT < pieces)(lambda: x_copy(piece + IN_FLIGHT).start())
-            # Copies are served in order: the first expert's weights follow the last piece of x.
-            pl.when((piece + IN_FLIGHT == pieces - 1) & (experts_hit > 0))(lambda: fetch_expert(0))
+            pl.when(piece + IN_FLIGHT == pieces - 1)(lambda: fetch_expert(0))
         return 0
 
-    for piece in range(min(IN_FLIGHT, pieces)):
-        x_copy(piece).start()
-    if pieces <= IN_FLIGHT:
-        pl.when(experts_hit > 0)(lambda: fetch_expert(0))
     lax.fori_loop(0, pieces, pack_piece, 0)
     for line, count in _pieces(s.words, 8):
         x_words[pl.ds(tokens * s.words + line, count), :] = jnp.zeros((count, LANES), i32)
@@ -318,8 +324,13 @@ def _kernel(
 
         lax.fori_loop(0, s.gate_steps, gate_step, 0)
         activate(height, s.gate_steps - 1)
-        pl.when(is_first)(lambda: weight_copy(number, 2).wait())
-        lax.fori_loop(0, s.down_steps, down_step, 0)
+
+        def down_piece(piece, _):
+            pl.when(is_first)(lambda: down_copy(number, piece).wait())
+            steps = s.down_steps // s.down_pieces
+            return lax.fori_loop(piece * steps, (piece + 1) * steps, down_step, 0)
+
+        lax.fori_loop(0, s.down_pieces, down_piece, 0)
 
     # All tiles, expert by expert.
 
@@ -336,8 +347,8 @@ def _kernel(
         @pl.when(is_first)
         def _():
             pl.when(number + 1 < experts_hit)(lambda: fetch_expert(number + 1))
-            for part in range(2):
-                weight_copy(number, part).wait()
+            for copy in gate_up_copies(number):
+                copy.wait()
 
         kind, height = _tile_for(end - row, s.tiling)
         tile_end = jnp.minimum(row + height, end)
@@ -352,11 +363,17 @@ def _kernel(
     start = (jnp.int32(0),) * 4
     _, _, previous, previous_end = lax.while_loop(lambda carry: carry[0] < experts_hit, next_tile, start)
 
+    def await_expert():
+        for copy in copies_of(0):
+            copy.wait()
+
+    pl.when(experts_hit == 0)(await_expert)  # it was asked for ahead of the count, and nothing waited for it
+
     def combine_last(step, _):
         combine(previous, previous_end, step)
         return 0
 
-    lax.fori_loop(0, s.gate_steps, combine_last, 0)
+    lax.fori_loop(0, jnp.minimum(s.gate_steps, previous_end - previous), combine_last, 0)
 
     # The sums leave as rows of bfloat16.
 

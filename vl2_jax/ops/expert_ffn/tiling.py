@@ -73,7 +73,7 @@ def choose_tiling(chip: Chip, tokens: int, width: int, expert_width: int, expert
             heights = (tall, *(h for h in ((384, 256, 128, 32) if wide else (256, 128, 64, 32)) if h < tall - 16))
         floor, fixed = (128, 110) if wide else (40, 8)
         tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed)
-        if tiling.vmem > 0 and scratch_bytes(tiling, width, expert_width) <= tiling.vmem - _MIB:
+        if tiling.vmem > 0 and Scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
             return tiling
     return None
 
@@ -113,6 +113,11 @@ class Scratch:
         return self.width // 256
 
     @property
+    def down_pieces(self) -> int:
+        """Copies that bring an expert's down projection; each takes as many steps of the product."""
+        return 2 if self.down_steps % 2 == 0 else 1
+
+    @property
     def gate_steps(self) -> int:
         return self.expert_width // LANES
 
@@ -131,18 +136,32 @@ class Scratch:
         """Rows past the last that index lists must have."""
         return max(self.gathered_a_step * self.down_steps, self.combined_a_step * self.gate_steps)
 
+    def vector_buffers(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
+        """(shape, dtype) of everything in vector memory, in the order of the kernel's parameters.
 
-def scratch_bytes(tiling: Tiling, width: int, expert_width: int) -> int:
-    """Vector memory the kernel takes: two experts' weights, x, the float32 sums, and one tile's intermediates."""
-    s, tall = Scratch(tiling, width, expert_width), tiling.heights[0]
-    weights = 2 * 3 * width * expert_width * 2
-    x = (tiling.chunk + 1) * s.words * LANES * 4
-    sums = (tiling.chunk + 1) * s.lines * LANES * 4
-    tile = s.gathered_a_step * (s.down_steps * width * 2 + s.word_pitch * LANES * 4)
-    hidden = tall * (2 * LANES * 4 + expert_width * 2)
-    outputs = s.combined_a_step * s.gate_steps * s.line_pitch * LANES * 4
-    moving = 2 * IN_FLIGHT * tiling.move * width * 2
-    return weights + x + sums + tile + hidden + outputs + moving
+        One row more than there are tokens takes what belongs to no token.
+        """
+        tall, move = self.tiling.heights[0], min(self.tiling.move, tokens)
+        return [
+            ((2, self.width, self.expert_width), "bfloat16"),  # gate of two experts
+            ((2, self.width, self.expert_width), "bfloat16"),  # up
+            ((2, self.expert_width, self.width), "bfloat16"),  # down
+            ((round_up((tokens + 1) * self.words, 8), LANES), "int32"),  # x
+            ((round_up((tokens + 1) * self.lines, 64), LANES), "float32"),  # sums
+            ((self.gathered_a_step * self.down_steps, self.width), "bfloat16"),  # rows of a tile
+            ((self.gathered_a_step * self.word_pitch, LANES), "int32"),  # rows on their way there
+            ((tall, 2 * LANES), "float32"),  # gate and up products of one step
+            ((tall, self.expert_width), "bfloat16"),  # their activation
+            ((round_up(self.combined_a_step * self.gate_steps * self.line_pitch, 8), LANES), "float32"),  # outputs
+            ((IN_FLIGHT, move, self.width), "bfloat16"),  # x, arriving
+            ((IN_FLIGHT, move, self.width), "bfloat16"),  # sums, leaving
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """Vector memory that the kernel takes for a whole chunk."""
+        sizes = {"bfloat16": 2, "float32": 4, "int32": 4}
+        return sum(math.prod(shape) * sizes[dtype] for shape, dtype in self.vector_buffers(self.tiling.chunk))
 
 
 IN_FLIGHT = 4  # copies of x and of the output that are under way at once
