@@ -344,8 +344,8 @@ class _AnswerWriter:
 
 
 def chunk_length(positions: int) -> int:
-    """`positions` rounded up to an eighth of their power of two, at least 64: little waste, eight shapes an octave."""
-    step = max(_SHORTEST_CHUNK, 1 << max(0, positions.bit_length() - 4))
+    """`positions` rounded up to a sixteenth of their power of two, at least 64: little waste, few shapes."""
+    step = max(_SHORTEST_CHUNK, 1 << max(0, positions.bit_length() - 5))
     return -(-positions // step) * step
 
 

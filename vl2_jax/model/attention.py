@@ -19,7 +19,7 @@ from vl2_jax.config import LanguageConfig
 from vl2_jax.model.layers import Dtype, Linear, RMSNorm, attend, declare, softmax
 from vl2_jax.model.rope import rotate, softmax_scale
 
-_SLOTS_A_BLOCK = (512, 384, 256, 128)
+_MOST_ROWS_A_BLOCK = 512
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = tuple[Array, ...]
@@ -96,14 +96,15 @@ class LatentAttention(nn.Module):
                 out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
             else:
 
-                def expand(rows: Float[Array, "B S R+P"]) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H V"]]:
-                    expanded = jnp.einsum("bsr,rhk->bshk", rows[..., :rank], kv_b)
-                    shared = jnp.broadcast_to(rows[:, :, None, rank:], (*expanded.shape[:3], rope))
+                def expand(rows: Float[Array, "B S R+P"]) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S V"]]:
+                    expanded = jnp.einsum("bsr,rhk->bhsk", rows[..., :rank], kv_b)
+                    shared = jnp.broadcast_to(rows[:, None, :, rank:], (*expanded.shape[:3], rope))
                     return jnp.concatenate([expanded[..., :nope], shared], axis=-1), expanded[..., nope:]
 
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
                 if cache is None:
-                    out = attend(queries, *expand(rows), mask, scale)
+                    keys, values = (rearrange(part, "b h s k -> b s h k") for part in expand(rows))
+                    out = attend(queries, keys, values, mask, scale)
                 else:
                     out = attend_to_filled(
                         queries,
@@ -154,8 +155,7 @@ class MultiHeadAttention(nn.Module):
         else:
 
             def block(begin: Array, size: int) -> tuple[Array, ...]:
-                parts = (jax.lax.dynamic_slice_in_dim(rows, begin, size, axis=2) for rows in cache)
-                return tuple(rearrange(part, "b h s k -> b s h k") for part in parts)
+                return tuple(jax.lax.dynamic_slice_in_dim(rows, begin, size, axis=2) for rows in cache)
 
             out = attend_to_filled(queries, block, cache[0].shape[2], positions, scale)
         out = rearrange(out, "b t h k -> b t (h k)")
@@ -169,37 +169,58 @@ def attend_to_filled(
     positions: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T H V"]:
-    """Softmax attention to the slots of a cache up to the last query's position, a block of slots at a time.
+    """Softmax attention to the slots of a cache up to each query's position, block by block.
 
-    The number of blocks is a value, not a shape: a short prompt in a long cache costs what a short cache would, and
-    nothing recompiles. Sums are rescaled as the largest score grows (Milakov and Gimelshein, arXiv 1805.02867).
+    The number of blocks is a value, not a shape: a short prompt in a long cache costs what a short cache would, a block
+    of queries skips the slots that all of them are before, and nothing recompiles. Sums are rescaled as the largest
+    score grows (Milakov and Gimelshein, arXiv 1805.02867).
 
     Args:
-      block: keys `[B, size, H, K]` and values `[B, size, H, V]` of the slots from `begin` on.
+      block: keys `[B, H, size, K]` and values `[B, H, size, V]` of the slots from `begin` on.
       slots: of the cache.
-      positions: of the queries; each sees the slots up to its own.
+      positions: of the queries, growing along T; each sees the slots up to its own.
     """
-    size = next((size for size in _SLOTS_A_BLOCK if slots % size == 0), slots)
+    batch, length, heads, _ = queries.shape
+    size, taken = _block_size(slots), _block_size(length)
+    by_head = rearrange(queries, "b t h k -> b h t k")
 
-    def step(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        largest, total, mixed = sums
+    def slot_step(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         begin = number * size
         keys, values = block(begin, size)
-        scores = jnp.einsum("bthk,bshk->bhts", queries, keys, preferred_element_type=jnp.float32) * scale
-        seen = begin + jnp.arange(size) <= positions[:, None, :, None]
-        scores = jnp.where(seen, scores, -jnp.inf)
-        larger = jnp.maximum(largest, scores.max(axis=-1))
-        weights, keep = jnp.exp(scores - larger[..., None]), jnp.exp(largest - larger)
-        new = jnp.einsum("bhts,bshv->bhtv", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return larger, total * keep + weights.sum(axis=-1), mixed * keep[..., None] + new
+
+        def query_step(number: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            def part(rows: Array, axis: int = 2) -> Array:
+                return jax.lax.dynamic_slice_in_dim(rows, number * taken, taken, axis)
+
+            largest, total, mixed = map(part, sums)
+            scores = jnp.einsum("bhtk,bhsk->bhts", part(by_head), keys, preferred_element_type=jnp.float32) * scale
+            seen = begin + jnp.arange(size) <= part(positions, 1)[:, None, :, None]
+            scores = jnp.where(seen, scores, -jnp.inf)
+            larger = jnp.maximum(largest, scores.max(axis=-1))
+            weights, keep = jnp.exp(scores - larger[..., None]), jnp.exp(largest - larger)
+            new = jnp.einsum(
+                "bhts,bhsv->bhtv", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+            )
+            parts = (larger, total * keep + weights.sum(axis=-1), mixed * keep[..., None] + new)
+            return tuple(
+                jax.lax.dynamic_update_slice_in_dim(rows, part, number * taken, 2) for rows, part in zip(sums, parts)
+            )
+
+        too_early = (positions.max(axis=0) < begin).sum()
+        return jax.lax.fori_loop(too_early // taken, length // taken, query_step, sums)
 
     # Slot 0 is seen by every query, so the largest score is finite from the first block on.
     _, values = jax.eval_shape(lambda: block(jnp.int32(0), size))
-    batch, length, heads, _ = queries.shape
     sums = (jnp.full((batch, heads, length), -jnp.inf), jnp.zeros((batch, heads, length)))
     start = (*sums, jnp.zeros((batch, heads, length, values.shape[-1])))
-    _, total, mixed = jax.lax.fori_loop(0, positions.max() // size + 1, step, start)
+    _, total, mixed = jax.lax.fori_loop(0, positions.max() // size + 1, slot_step, start)
     return rearrange(mixed / total[..., None], "b h t v -> b t h v").astype(queries.dtype)
+
+
+def _block_size(rows: int) -> int:
+    """Equal blocks, as few as can be of at most so many rows; all rows if they do not divide."""
+    sizes = (rows // count for count in range(1, rows // 16 + 1) if rows % (16 * count) == 0)
+    return next((size for size in sizes if size <= _MOST_ROWS_A_BLOCK), rows)
 
 
 def write_cache(cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int) -> Array:
