@@ -184,11 +184,11 @@ def attend_to_filled(
     size, taken = _block_size(slots), _block_size(length)
     by_head = rearrange(queries, "b t h k -> b h t k")
 
-    def slot_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+    def slot_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         begin = number * size
         keys, values = block(begin, size)
 
-        def query_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        def query_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
             def part(rows: Array, axis: int = 2) -> Array:
                 return jax.lax.dynamic_slice_in_dim(rows, number * taken, taken, axis)
 
