@@ -45,14 +45,14 @@ def pieces(leaves: Iterable[Leaf]) -> list[list[Leaf]]:
 
 
 def write_piece(directory: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    ocp = _orbax()
+    ocp = orbax()
     with _context():
         ocp.partial.save(str((directory / PARAMS_FOLDER).absolute()), unflatten(arrays))
 
 
 def finish(directory: Path, tensors: Mapping[str, dict[str, Any]]) -> None:
     """Closes the Orbax tree and writes the manifest."""
-    ocp = _orbax()
+    ocp = orbax()
     with _context():
         ocp.partial.finalize(str((directory / PARAMS_FOLDER).absolute()))
     write_manifest(directory, tensors)
@@ -130,7 +130,7 @@ def read_pieces(directory: Path, leaves: list[Leaf], verify: bool, report: Repor
     manifest = read_manifest(directory) if verify else None
     if manifest is not None:
         check_files(directory, manifest)
-    ocp = _orbax()
+    ocp = orbax()
     root = str((directory / PARAMS_FOLDER).absolute())
     total, done = sum(int(np.prod(leaf.shape)) for leaf in leaves), 0
     for group in pieces(leaves):
@@ -233,7 +233,7 @@ def _at(tree: Mapping[str, Any], path: str) -> np.ndarray:
     return np.asarray(node)
 
 
-def _orbax() -> Any:
+def orbax() -> Any:
     from absl import logging
     from orbax.checkpoint import v1
 
@@ -243,7 +243,7 @@ def _orbax() -> Any:
 
 def _context() -> Any:
     """Raw bytes, one folder a parameter: what is on disk is what the manifest's checksums are of."""
-    context = _orbax().Context()
+    context = orbax().Context()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
     context.memory.deepcopy_host_arrays = False

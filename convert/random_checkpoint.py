@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -32,14 +33,7 @@ def create(preset: str, destination: Path, seed: int = 0, report: Report = silen
     tables = read_preset(preset)
     config = VL2Config.from_hf(tables["model"])
     new = unfinished_directory(destination)
-    processor = tables["processor"] | {"candidate_resolutions": tables["model"]["candidate_resolutions"]}
-    for name, content in (
-        (CONFIG_FILE, tables["model"]),
-        (PROCESSOR_FILE, processor),
-        (TOKENIZER_FILE, byte_tokenizer(tables["tokens"])),
-        (TOKENIZER_CONFIG_FILE, {"bos_token": _named(tables, "begin"), "eos_token": _named(tables, "end")}),
-    ):
-        (new / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    write_small_files(tables, new, byte_tokenizer(tables["tokens"]))
     dtype = dtype_of(config.torch_dtype)
     shapes = torch_shapes(plan(config))
     header, ranges = layout_file({key: (dtype, shape) for key, shape in shapes.items()})
@@ -55,27 +49,35 @@ def create(preset: str, destination: Path, seed: int = 0, report: Report = silen
     replace_directory(new, destination, report)
 
 
-def byte_tokenizer(special: dict[str, int]) -> dict:
+def write_small_files(tables: dict[str, Any], directory: Path, tokenizer: dict[str, Any]) -> None:
+    """Configuration, processor and tokenizer files of a preset.
+
+    Args:
+      tokenizer: a `tokenizer.json` of text tokens; the preset's special tokens are added to it.
+    """
+    special = tables["tokens"]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] = [{"id": id_, "content": token} | flags for token, id_ in special.items()]
+    tokenizer["model"]["vocab"] |= special
+    processor = tables["processor"] | {"candidate_resolutions": tables["model"]["candidate_resolutions"]}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        (CONFIG_FILE, tables["model"]),
+        (PROCESSOR_FILE, processor),
+        (TOKENIZER_FILE, tokenizer),
+        (TOKENIZER_CONFIG_FILE, {"bos_token": _named(tables, "begin"), "eos_token": _named(tables, "end")}),
+    ):
+        (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def byte_tokenizer(special: dict[str, int]) -> dict[str, Any]:
     """A `tokenizer.json` whose text tokens are the 256 bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     first = 3 if min(special.values()) == 0 else 0  # the released tokenizers put bos, eos and pad first or last
-    vocabulary = {letter: first + i for i, letter in enumerate(sorted(ByteLevel.alphabet()))} | special
-    added = [
-        {
-            "id": id_,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        | {"special": True}
-        for token, id_ in special.items()
-    ]
+    vocabulary = {letter: first + i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     return {
         "version": "1.0",
-        "added_tokens": added,
         "pre_tokenizer": {
             "type": "ByteLevel",
             "add_prefix_space": False,

@@ -7,6 +7,7 @@ A cache holds position s of every sequence in slot s, so that a mask needs nothi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from vl2_jax.model.layers import Dtype, Linear, RMSNorm, attend, declare, softma
 from vl2_jax.model.rope import rotate, softmax_scale
 
 _MOST_ROWS_A_BLOCK = 512
+_PACKED_BLOCK = 128
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = tuple[Array, ...]
@@ -30,6 +32,7 @@ class Placement(NamedTuple):
 
     positions: Int[Array, "B T"]
     mask: Bool[Array, "B T S"]
+    documents: Int[Array, "B T"] | None  # of a packed batch without a cache: see `attend_packed`
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
 
 
@@ -53,7 +56,7 @@ class LatentAttention(nn.Module):
         cache: LayerCache | None = None,
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config, (positions, mask, tables) = self.config, placement
+        config, (positions, mask, documents, tables) = self.config, placement
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         rank, value_dim = config.kv_lora_rank, config.v_head_dim
         assert rank is not None
@@ -104,7 +107,7 @@ class LatentAttention(nn.Module):
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
                 if cache is None:
                     keys, values = (rearrange(part, "b h s k -> b s h k") for part in expand(rows))
-                    out = attend(queries, keys, values, mask, scale)
+                    out = attend_to_all(queries, keys, values, mask, documents, scale)
                 else:
                     out = attend_to_filled(
                         queries,
@@ -133,7 +136,7 @@ class MultiHeadAttention(nn.Module):
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         del absorbed  # there is one form only
-        config, (positions, mask, tables) = self.config, placement
+        config, (positions, mask, documents, tables) = self.config, placement
         heads = config.num_attention_heads
         init = nn.initializers.normal(config.initializer_range)
 
@@ -151,7 +154,7 @@ class MultiHeadAttention(nn.Module):
             cache = tuple(write_cache(old, rows, positions, axis=2) for old, rows in zip(cache, new))
         scale = softmax_scale(config)
         if cache is None:
-            out = attend(queries, keys, values, mask, scale)
+            out = attend_to_all(queries, keys, values, mask, documents, scale)
         else:
 
             def block(begin: Array, size: int) -> tuple[Array, ...]:
@@ -160,6 +163,57 @@ class MultiHeadAttention(nn.Module):
             out = attend_to_filled(queries, block, cache[0].shape[2], positions, scale)
         out = rearrange(out, "b t h k -> b t (h k)")
         return linear(("heads", "embed"), "o_proj")(out), cache
+
+
+def attend_to_all(
+    queries: Float[Array, "B T H K"],
+    keys: Float[Array, "B T H K"],
+    values: Float[Array, "B T H V"],
+    mask: Bool[Array, "B T T"],
+    documents: Int[Array, "B T"] | None,
+    scale: float,
+) -> Float[Array, "B T H V"]:
+    """Attention without a cache: as released where `documents` is None, else to the document's own past."""
+    if documents is None:
+        return attend(queries, keys, values, mask, scale)
+    arguments = (queries, keys, values, documents)
+    return jax.lax.platform_dependent(
+        *arguments,
+        tpu=lambda q, k, v, _: attend(q, k, v, mask, scale),
+        default=partial(attend_packed, scale=scale),
+    )
+
+
+def attend_packed(
+    queries: Float[Array, "B T H K"],
+    keys: Float[Array, "B T H K"],
+    values: Float[Array, "B T H V"],
+    documents: Int[Array, "B T"],
+    scale: float,
+) -> Float[Array, "B T H V"]:
+    """Causal attention inside of each document, a row of the batch and a block of queries at a time.
+
+    What is never looked at is not computed, what is computed stays in a CPU's cache, and the backward pass computes it
+    again (24 rows of 384, 6 heads, with gradients, on 2 cores: 131 ms, against 349 ms for all scores at once).
+    """
+    length = queries.shape[1]
+    size = _block_size(length, max(_PACKED_BLOCK, length // 8))
+
+    @jax.checkpoint
+    def of_row(row: tuple[Array, ...]) -> Float[Array, "H T V"]:
+        queries, keys, values, documents = row
+        parts = []
+        for end in range(size, length + 1, size):
+            block = slice(end - size, end)
+            scores = jnp.einsum("htk,hsk->hts", queries[:, block], keys[:, :end], preferred_element_type=jnp.float32)
+            causal = jnp.arange(end - size, end)[:, None] >= jnp.arange(end)
+            seen = causal & (documents[block, None] == documents[:end])
+            weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(scores.dtype).min), axis=-1)
+            parts.append(jnp.einsum("hts,hsv->htv", weights.astype(values.dtype), values[:, :end]))
+        return jnp.concatenate(parts, axis=1)
+
+    by_head = (rearrange(rows, "b t h k -> b h t k") for rows in (queries, keys, values))
+    return rearrange(jax.lax.map(of_row, (*by_head, documents)), "b h t v -> b t h v")
 
 
 def attend_to_filled(
@@ -217,10 +271,10 @@ def attend_to_filled(
     return rearrange(mixed / total[..., None], "b h t v -> b t h v").astype(queries.dtype)
 
 
-def _block_size(rows: int) -> int:
-    """Equal blocks, as few as can be of at most so many rows; all rows if they do not divide."""
+def _block_size(rows: int, most: int = _MOST_ROWS_A_BLOCK) -> int:
+    """Equal blocks, as few as can be of at most `most` rows; all rows if they do not divide."""
     sizes = (rows // count for count in range(1, rows // 16 + 1) if rows % (16 * count) == 0)
-    return next((size for size in sizes if size <= _MOST_ROWS_A_BLOCK), rows)
+    return next((size for size in sizes if size <= most), rows)
 
 
 def write_cache(cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int) -> Array:

@@ -54,6 +54,7 @@ class Decoder(nn.Module):
         segments: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         absorbed: bool | None = None,
+        packed: bool = False,
     ) -> DecoderOutput:
         """Runs all layers.
 
@@ -64,9 +65,10 @@ class Decoder(nn.Module):
             each other. `None` is one document.
           cache: rows of the positions before; a query sees the slots up to its own position.
           absorbed: see `LatentAttention`.
+          packed: padding gives nothing that is used, so it need not attend as released.
         """
         mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
-        placement = Placement(positions, mask, rotary_tables(self.config, positions))
+        placement = Placement(positions, mask, segments if packed else None, rotary_tables(self.config, positions))
         new_cache, routings = [], []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]

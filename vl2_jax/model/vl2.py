@@ -83,12 +83,34 @@ class VL2Model(nn.Module):
         segments: Int[Array, "B T"] | None = None,
         cache: Cache | None = None,
         absorbed: bool | None = None,
+        packed: bool = False,
     ) -> DecoderOutput:
         """See `Decoder.__call__`."""
-        return self.language(x, positions, segments, cache, absorbed)
+        return self.language(x, positions, segments, cache, absorbed, packed)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return self.language.logits(hidden)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+        tiles: UInt8[Array, "I S S 3"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        absorbed: bool | None = None,
+    ) -> DecoderOutput:
+        """Every position after the last norm, without a cache: for training, which makes logits a chunk at a time.
+
+        With `positions` the rows are packed (see `Decoder.__call__`); without, a row is one sequence from 0 on.
+        """
+        tile_tokens = self.encode_tiles(tiles) if tiles is not None and len(tiles) else None
+        x = self.embed(input_ids, visual_index, tile_tokens)
+        self.sow("intermediates", "inputs_embeds", x)
+        packed = positions is not None
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
+        return self.decode(x, positions, segments, absorbed=absorbed, packed=packed)
 
     def __call__(
         self,
@@ -99,13 +121,8 @@ class VL2Model(nn.Module):
         positions: Int[Array, "B T"] | None = None,
         absorbed: bool | None = None,
     ) -> ForwardOutput:
-        """Logits of every position, without a cache: for training and for scoring."""
-        tile_tokens = self.encode_tiles(tiles) if tiles is not None and len(tiles) else None
-        x = self.embed(input_ids, visual_index, tile_tokens)
-        self.sow("intermediates", "inputs_embeds", x)
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1]), input_ids.shape)
-        out = self.decode(x, positions, segments, absorbed=absorbed)
+        """Logits of every position, without a cache: for scoring."""
+        out = self.hidden(input_ids, segments, visual_index, tiles, positions, absorbed)
         self.sow("intermediates", "final_norm_out", out.hidden)
         return ForwardOutput(self.logits(out.hidden), out.routings)
 

@@ -1,6 +1,6 @@
 """What training minimises: next-token cross-entropy, plus the routers' balance losses (SPEC 5.6, 5.7).
 
-B batch, T positions, V vocabulary.
+B batch, T positions, D model width, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -9,41 +9,96 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from vl2_jax.model.moe import balance_loss
+from vl2_jax.model.moe import Routing, balance_loss
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import IGNORED, Batch
 
 
 class Losses(NamedTuple):
-    """float32 scalars; `total` is what gradients are taken of."""
+    """float32; `total` is what gradients are taken of."""
 
     total: Float[Array, ""]
     next_token: Float[Array, ""]
     balance: Float[Array, " layers"]  # one a mixture-of-experts layer
-    logits: Float[Array, "B T V"]
+    load: Float[Array, "layers E"]  # positions that each expert took
 
 
-def next_token_loss(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean cross-entropy of each position's logits against the next position's label, where there is one."""
-    targets = labels[:, 1:]
+def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Cross-entropy of every position, zero where the target is IGNORED."""
     counted = targets != IGNORED
-    logprobs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    chosen = jnp.take_along_axis(logprobs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.sum(chosen * counted) / jnp.maximum(counted.sum(), 1)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.take_along_axis(logprobs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0] * counted
 
 
-def losses(model: VL2Model, params: Params, batch: Batch, *, count_padding: bool = False) -> Losses:
-    """The objective of one batch.
+def next_token_loss(
+    model: VL2Model,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    labels: Int[Array, "B T"],
+    chunk: int,
+) -> Float[Array, ""]:
+    """Sum of the cross-entropies of each position's prediction against the next position's label, where there is one.
+
+    Logits are made for `chunk` positions at a time and made again in the backward pass: those of a 4096-token sequence
+    would take 1.7 GB in float32 at 102,400 words.
+    """
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    length = targets.shape[1]
+    pieces = -(-length // chunk)
+    size = -(-length // pieces)
+    more = ((0, 0), (0, pieces * size - length))
+    targets = jnp.pad(targets, more, constant_values=IGNORED)
+    hidden = jnp.pad(hidden, (*more, (0, 0)))
+
+    @jax.checkpoint
+    def piece(begin: Array) -> Float[Array, ""]:
+        rows = jax.lax.dynamic_slice_in_dim(hidden, begin, size, axis=1)
+        logits = apply(model, params, rows, method="logits")
+        return token_losses(logits, jax.lax.dynamic_slice_in_dim(targets, begin, size, axis=1)).sum()
+
+    if pieces == 1:
+        return piece(jnp.int32(0))
+    return jax.lax.map(piece, jnp.arange(pieces) * size).sum()
+
+
+def expert_load(routing: Routing, experts: int, counted: Bool[Array, "B T"]) -> Float[Array, " E"]:
+    """How many counted positions each expert took."""
+    ids = jnp.where(counted[..., None], routing.expert_ids, experts)
+    return jnp.zeros(experts + 1).at[ids.ravel()].add(1.0)[:experts]
+
+
+def losses(
+    model: VL2Model,
+    params: Params,
+    batch: Batch,
+    *,
+    count_padding: bool = False,
+    chunk: int = 512,
+    balance_weight: float | None = None,
+    targets: Float[Array, ""] | None = None,
+) -> Losses:
+    """The objective of one batch, a `Batch` or a `PackedBatch`.
 
     Args:
       count_padding: let padding count in the balance loss, as the released code does.
+      chunk: positions whose logits are held at a time.
+      balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
+      targets: what the sum of cross-entropies is divided by; `None` is the number of targets in this batch.
     """
-    segments = jnp.asarray(batch.attention_mask, jnp.int32)
-    out = apply(model, params, batch.input_ids, segments, batch.visual_index, batch.tiles)
-    counted = None if count_padding else segments > 0
+    segments = batch.segments if hasattr(batch, "segments") else jnp.asarray(batch.attention_mask, jnp.int32)
+    positions = getattr(batch, "positions", None)
+    labels = jnp.asarray(batch.labels)
+    out = apply(model, params, batch.input_ids, segments, batch.visual_index, batch.tiles, positions, method="hidden")
+    present = segments > 0
     config = model.config.language_config
-    balance = jnp.stack([balance_loss(config, routing, counted) for routing in out.routings] or [jnp.zeros(())])
-    next_token = next_token_loss(out.logits, jnp.asarray(batch.labels))
-    return Losses(next_token + balance.sum(), next_token, balance, out.logits)
+    weight = 1.0 if balance_weight is None else balance_weight / (config.aux_loss_alpha or 1.0)
+    counted = None if count_padding else present
+    balance = [balance_loss(config, routing, counted) * weight for routing in out.routings]
+    load = [expert_load(routing, config.n_routed_experts or 0, present) for routing in out.routings]
+    if targets is None:
+        targets = jnp.maximum((labels[:, 1:] != IGNORED).sum(), 1)
+    next_token = next_token_loss(model, params, out.hidden, labels, chunk) / targets
+    stacked = jnp.stack(balance or [jnp.zeros(())])
+    return Losses(next_token + stacked.sum(), next_token, stacked, jnp.stack(load or [jnp.zeros(1)]))

@@ -1,0 +1,296 @@
+"""Questions about scenes, with their answers, as conversations in the format that everything else reads.
+
+Every question is answered by the scene's description alone, and refers to things by words that fit exactly one of
+them. Boxes are in the model's coordinates, 0 to 999 of the picture's width and height (SPEC 4.10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vl2_jax.processing.conversation import IMAGE_TAG
+from vl2_jax.scenes.drawing import COLOURS, SHAPES, Scene, Thing, render, sample_scene
+
+_TWO_PICTURES = 0.12  # share of conversations about two pictures
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its only right answer."""
+
+    skill: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SceneSource:
+    """Conversations by number, for as long as one likes; a random-access data source.
+
+    Attributes:
+      seed: of the whole source; another seed holds other pictures.
+      length: number of conversations.
+      turns: most questions a conversation.
+      most_shapes, longest_side: of a scene.
+    """
+
+    seed: int
+    length: int = 1 << 30
+    turns: int = 6
+    most_shapes: int = 5
+    longest_side: int = 400
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return scene_conversation(
+            (self.seed, int(index)), turns=self.turns, most_shapes=self.most_shapes, longest_side=self.longest_side
+        )
+
+
+def scene_conversation(
+    seed: int | Sequence[int], *, turns: int = 6, most_shapes: int = 5, longest_side: int = 400
+) -> dict[str, Any]:
+    """`{"messages": [...], "skills": [...]}`: pictures, questions and answers, one skill a question."""
+    random = np.random.default_rng(seed)
+    pictures = 2 if random.random() < _TWO_PICTURES else 1
+    scenes = [sample_scene(random, most_shapes, longest_side) for _ in range(pictures)]
+    asked = two_picture_turns(random, scenes[0], scenes[1]) if pictures == 2 else turns_about(random, scenes[0])
+    chosen = _spread(random, asked, turns)
+    messages: list[dict[str, Any]] = []
+    for number, turn in enumerate(chosen):
+        question = {"role": "user", "content": turn.question, "images": []}
+        if number == 0:
+            question["content"] = f"{IMAGE_TAG}\n" * pictures + turn.question
+            question["images"] = [render(scene) for scene in scenes]
+        messages += [question, {"role": "assistant", "content": turn.answer}]
+    return {"messages": messages, "skills": [turn.skill for turn in chosen]}
+
+
+def turns_about(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    """Every kind of question that this scene can answer, a few of each."""
+    makers: list[Callable[[np.random.Generator, Scene], list[Turn]]] = [
+        _captions, _counts, _attributes, _relations, _reading, _locating, _absence,
+    ]  # fmt: skip
+    return [turn for maker in makers for turn in maker(random, scene)]
+
+
+def two_picture_turns(random: np.random.Generator, first: Scene, second: Scene) -> list[Turn]:
+    kind, colour = _pick(random, SHAPES), _pick(random, tuple(COLOURS))
+    if random.random() < 0.7:
+        thing = _pick(random, (*first.things, *second.things))
+        kind, colour = (kind if thing.is_word else thing.kind), thing.colour
+    things = [len(scene.things) for scene in (first, second)]
+    turns = [
+        Turn("compare", "Which picture shows more things?", _which(*things)),
+        Turn("compare", f"Which picture has more {plural(kind)}?", _which(*(_count(s, kind) for s in (first, second)))),
+        Turn("compare", f"Which picture shows a {kind}?", _shown(*(_count(s, kind) > 0 for s in (first, second)))),
+        Turn(
+            "compare",
+            f"Which picture shows something {colour}?",
+            _shown(*(any(t.colour == colour for t in s.things) for s in (first, second))),
+        ),
+    ]
+    for ordinal, scene in (("first", first), ("second", second)):
+        turns.append(Turn("count", f"How many things are in the {ordinal} picture?", str(len(scene.things))))
+        if len(scene.words) == 1:
+            turns.append(Turn("read", f"What is written in the {ordinal} picture?", scene.words[0].text))
+    return turns
+
+
+def describe(scene: Scene, grounded: bool = False) -> str:
+    """All things from left to right: "a large red circle, a small blue star and the word HOTEL in green"."""
+    parts = []
+    for thing in sorted(scene.things, key=lambda thing: thing.centre):
+        name = (
+            f"the word {thing.text} in {thing.colour}"
+            if thing.is_word
+            else f"a {thing.size} {thing.colour} {thing.kind}"
+        )
+        parts.append(f"<|ref|>{name}<|/ref|>{boxes(scene, [thing])}" if grounded else name)
+    text = _joined(parts)
+    return text[0].upper() + text[1:] + "."
+
+
+def boxes(scene: Scene, things: Sequence[Thing]) -> str:
+    """`<|det|>[[x1, y1, x2, y2], ...]<|/det|>`, from left to right."""
+
+    def scaled(value: int, whole: int) -> int:
+        return min(999, round(value / whole * 999))
+
+    rows = [
+        [scaled(value, whole) for value, whole in zip(thing.box, (scene.width, scene.height) * 2)]
+        for thing in sorted(things, key=lambda thing: thing.centre)
+    ]
+    return f"<|det|>{rows}<|/det|>"
+
+
+def plural(kind: str) -> str:
+    return {"cross": "crosses"}.get(kind, f"{kind}s")
+
+
+def _captions(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    question = _pick(random, ("Describe the picture.", "What is in the picture?", "What do you see?"))
+    turns = [Turn("caption", question, describe(scene))]
+    if len(scene.things) <= 3:
+        turns.append(Turn("grounded caption", f"<|grounding|>{question}", describe(scene, grounded=True)))
+    return turns
+
+
+def _counts(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    kind = _pick(random, [t.kind for t in scene.shapes] or SHAPES) if random.random() < 0.8 else _pick(random, SHAPES)
+    colour = _pick(random, [t.colour for t in scene.shapes] or list(COLOURS))
+    return [
+        Turn("count", f"How many {plural(kind)} are there?", str(_count(scene, kind))),
+        Turn("count", "How many shapes are there?", str(len(scene.shapes))),
+        Turn("count", f"How many {colour} shapes are there?", str(sum(t.colour == colour for t in scene.shapes))),
+    ]
+
+
+def _attributes(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    turns = []
+    for thing in scene.shapes:
+        if _count(scene, thing.kind) == 1:
+            turns.append(Turn("colour", f"What colour is the {thing.kind}?", thing.colour))
+            turns.append(Turn("size", f"Is the {thing.kind} small or large?", thing.size))
+        if sum(t.colour == thing.colour for t in scene.shapes) == 1:
+            turns.append(Turn("shape", f"What shape is {thing.colour}?", thing.kind))
+    for word in scene.words:
+        if len(scene.words) == 1:
+            turns.append(Turn("colour", "What colour is the word?", word.colour))
+    return turns
+
+
+def _relations(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    turns = []
+    named = [(thing, name) for thing in scene.things if (name := refer(random, scene, thing))]
+    if len(named) < 2:
+        return []
+    for _ in range(2):
+        (a, a_name), (b, b_name) = (named[i] for i in random.permutation(len(named))[:2])
+        dx, dy = ((a.centre[i] - b.centre[i]) / whole for i, whole in enumerate((scene.width, scene.height)))
+        if max(abs(dx), abs(dy)) < 0.1:
+            continue
+        if abs(dx) > abs(dy):
+            truth, words = dx < 0, ("left of", "right of")
+        else:
+            truth, words = dy < 0, ("above", "below")
+        which = int(random.integers(2))
+        turns.append(Turn("relation", f"Is {a_name} {words[which]} {b_name}?", _yes(truth == (which == 0))))
+        turns.append(
+            Turn(
+                "relation",
+                f"Where is {a_name}, seen from {b_name}: {words[0]} or {words[1]} it?",
+                words[0 if truth else 1],
+            )
+        )
+    return turns
+
+
+def _reading(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    turns = []
+    if len(scene.words) == 1:
+        question = _pick(random, ("What does the text say?", "Read the word.", "What is written here?"))
+        turns.append(Turn("read", question, scene.words[0].text))
+    for word in scene.words:
+        if sum(other.colour == word.colour for other in scene.words) == 1:
+            turns.append(Turn("read", f"What does the {word.colour} word say?", word.text))
+    return turns
+
+
+def _locating(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    turns = []
+    for thing in scene.things:
+        name = refer(random, scene, thing)
+        if name:
+            form = _pick(
+                random,
+                ("Locate <|ref|>{}<|/ref|> in the given image.", "Where is <|ref|>{}<|/ref|>?", "<|ref|>{}<|/ref|>"),
+            )
+            turns.append(Turn("locate", form.format(name), f"<|ref|>{name}<|/ref|>{boxes(scene, [thing])}"))
+    kind = _pick(random, [t.kind for t in scene.shapes] or SHAPES)
+    all_of_kind = [thing for thing in scene.shapes if thing.kind == kind]
+    if len(all_of_kind) > 1:
+        name = f"the {plural(kind)}"
+        answer = f"<|ref|>{name}<|/ref|>{boxes(scene, all_of_kind)}"
+        turns.append(Turn("locate", f"Locate <|ref|>{name}<|/ref|> in the given image.", answer))
+    return turns
+
+
+def _absence(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    present = [f"{thing.colour} {thing.kind}" for thing in scene.shapes]
+    absent = f"{_pick(random, tuple(COLOURS))} {_pick(random, SHAPES)}"
+    while absent in present:
+        absent = f"{_pick(random, tuple(COLOURS))} {_pick(random, SHAPES)}"
+    turns = [Turn("presence", f"Is there a {absent}?", "no")]
+    if present:
+        turns.append(Turn("presence", f"Is there a {_pick(random, present)}?", "yes"))
+    if len(set(present)) >= 2:
+        options = [*(str(o) for o in random.permutation(sorted(set(present)))[:2]), absent]
+        options = [options[i] for i in random.permutation(3)]
+        question = f"Which of these is not there: {', '.join(options[:2])} or {options[2]}?"
+        turns.append(Turn("which is not there", question, absent))
+    return turns
+
+
+def refer(random: np.random.Generator, scene: Scene, thing: Thing) -> str | None:
+    """Words that fit this thing and no other, or None."""
+    if thing.is_word:
+        names = [
+            ("the word", lambda t: t.is_word),
+            (f"the {thing.colour} word", lambda t: (t.is_word, t.colour) == (True, thing.colour)),
+        ]
+    else:
+        names = [
+            (f"the {thing.kind}", lambda t: t.kind == thing.kind),
+            (f"the {thing.colour} {thing.kind}", lambda t: (t.kind, t.colour) == (thing.kind, thing.colour)),
+            (
+                f"the {thing.size} {thing.colour} {thing.kind}",
+                lambda t: (t.kind, t.colour, t.size) == (thing.kind, thing.colour, thing.size),
+            ),
+        ]
+    fitting = [name for name, fits in names if sum(map(fits, scene.things)) == 1]
+    return _pick(random, fitting) if fitting else None
+
+
+def _spread(random: np.random.Generator, turns: list[Turn], most: int) -> list[Turn]:
+    """Some of the turns in random order, skill after skill, so that common skills do not crowd out rare ones."""
+    by_skill: dict[str, list[Turn]] = {}
+    for i in random.permutation(len(turns)):
+        by_skill.setdefault(turns[i].skill, []).append(turns[i])
+    chosen: list[Turn] = []
+    skills = list(by_skill)
+    while len(chosen) < most and any(by_skill.values()):
+        for i in random.permutation(len(skills)):
+            if by_skill[skills[i]] and len(chosen) < most:
+                chosen.append(by_skill[skills[i]].pop())
+    return [chosen[i] for i in random.permutation(len(chosen))]
+
+
+def _count(scene: Scene, kind: str) -> int:
+    return sum(thing.kind == kind for thing in scene.things)
+
+
+def _which(first: int, second: int) -> str:
+    return "the same" if first == second else "the first" if first > second else "the second"
+
+
+def _shown(first: bool, second: bool) -> str:
+    return {(True, True): "both", (True, False): "the first", (False, True): "the second"}.get((first, second), "none")
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def _joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _pick(random: np.random.Generator, choices: Sequence[Any]) -> Any:
+    return choices[int(random.integers(len(choices)))]

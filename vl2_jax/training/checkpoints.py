@@ -1,0 +1,123 @@
+"""Training states on disk: written beside the work, vouched for by checksums, the newest good one found again.
+
+    RUN/checkpoints/00000500/state/           Orbax: parameters, optimiser state, step
+    RUN/checkpoints/00000500/run.json         position in the data, and whatever else is JSON
+    RUN/checkpoints/00000500/manifest.json    size and checksum of every file
+
+A checkpoint gets its name once all of it is on disk. Orbax restores a flipped bit without a word, and raises on a
+missing file; so files are compared with the manifest first, and a damaged checkpoint is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from convert.checkpoint import (
+    check_files,
+    orbax,
+    read_manifest,
+    replace_directory,
+    unfinished_directory,
+    write_manifest,
+)
+from vl2_jax.errors import CheckpointError
+
+_STATE, _RUN = "state", "run.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder of their own."""
+
+    def __init__(self, folder: Path, keep: int, tell: Callable[[str], None]):
+        self.folder, self._keep, self._tell = folder, keep, tell
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
+        """Begins to write; returns once the state may be changed. At most one is written at a time."""
+        self.wait()
+        new = unfinished_directory(self._path(step))
+        (new / _RUN).write_text(json.dumps(run), encoding="utf-8")
+        # Copied, because the next update takes the buffers; Orbax may read them after this returns.
+        names = _named(jax.tree.map(jnp.copy, state))
+        response = orbax().save_async(str((new / _STATE).absolute()), names)
+
+        def finish() -> None:
+            try:
+                response.result()
+                if jax.process_index() == 0:
+                    write_manifest(new, {})
+                    replace_directory(new, self._path(step))
+                    for old in self.steps()[: -self._keep]:
+                        shutil.rmtree(self._path(old), ignore_errors=True)
+            except Exception as error:  # told by the next `wait`, in the thread that trains
+                self._failure = error
+
+        self._writer = threading.Thread(target=finish)
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Returns once nothing is being written.
+
+        Raises:
+          CheckpointError: the last checkpoint could not be written.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise CheckpointError(f"a checkpoint could not be written to {self.folder}: {failure}") from failure
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest good state and what was saved with it, or None if there is none.
+
+        Args:
+          like: a state of the same structure; arrays arrive with its shapes, dtypes and shardings.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self._path(step)
+            try:
+                check_files(path, read_manifest(path))
+                abstract = jax.tree.map(_abstract, _named(like))
+                names = orbax().load(str((path / _STATE).absolute()), abstract)
+                run = json.loads((path / _RUN).read_text(encoding="utf-8"))
+            except Exception as error:  # a checkpoint may be damaged in ways that Orbax tells by any exception
+                self._tell(f"checkpoint {path} is passed over: {str(error).splitlines()[0]}")
+                continue
+            return _restored(like, names), run
+        if steps:
+            raise CheckpointError(f"none of the {len(steps)} checkpoint(s) in {self.folder} can be read.")
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+
+def _named(state: Any) -> dict[str, Any]:
+    """Leaves by name; names hold "." where Orbax would make folders of "/"."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf for path, leaf in leaves}
+
+
+def _restored(like: Any, names: dict[str, Any]) -> Any:
+    return jax.tree.unflatten(jax.tree.structure(like), [names[name] for name in _named(like)])
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)

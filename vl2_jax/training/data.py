@@ -1,0 +1,252 @@
+"""Conversations to packed batches, with a position that a checkpoint can hold.
+
+    sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
+
+    row 0   | document 1 ........ | document 2 ..... | document 3 ... | . |     segments 1 1 1 2 2 2 3 3 0
+    row 1   | document 1 .................. | document 2 ........ | . . . |     positions start again in each
+
+Documents of a row never see each other, and each has the loss it has alone. A batch holds a fixed number of positions
+and of tiles, so that nothing recompiles; tiles are laid evenly over devices, whatever row they belong to.
+
+B rows, T positions, I tiles, S pixels along a tile's side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.processing.batch import IGNORED, TEXT, Encoded, Processor
+from vl2_jax.processing.tiling import after_tiles
+from vl2_jax.scenes import SceneSource
+from vl2_jax.training.formats import to_conversation
+from vl2_jax.training.recipe import DataRecipe, SourceRecipe
+
+_READ_AHEAD = 64
+
+
+class SampleError(VL2Error):
+    """A sample that cannot be trained on, where the recipe says that this ends the run."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """Why a sample was left out, and where it stands."""
+
+    where: str
+    reason: str
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedBatch:
+    """Packed rows. Padding positions have segment 0, label IGNORED, visual row TEXT."""
+
+    input_ids: np.ndarray  # int32 [B, T]
+    labels: np.ndarray  # int32 [B, T]; IGNORED at the first position of every document
+    segments: np.ndarray  # int32 [B, T], from 1; 0 is padding
+    positions: np.ndarray  # int32 [B, T], from 0 in every document
+    visual_index: np.ndarray  # int32 [B, T], row of the batch's visual table
+    tiles: np.ndarray  # uint8 [I, S, S, 3]
+
+
+@dataclass(frozen=True)
+class JsonSource:
+    """Records of a JSONL file, or of a JSON file that holds a list, by number."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.path.is_file():
+            raise ConfigError(f"there is no data file {str(self.path)!r}.")
+        object.__setattr__(self, "_lines", _line_starts(self.path))
+
+    def __len__(self) -> int:
+        return len(self._lines)  # type: ignore[attr-defined]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number, begin, end = self._lines[index]  # type: ignore[attr-defined]
+        with self.path.open("rb") as stream:
+            stream.seek(begin)
+            return {"where": f"{self.path}:{number}", "line": stream.read(end - begin), "folder": self.path.parent}
+
+
+class Encoder:
+    """Records to `Encoded`; what cannot be trained on becomes a `BadSample`. Runs in worker processes."""
+
+    def __init__(self, processor: Processor, most_positions: int, most_tiles: int):
+        self._processor, self._most_positions, self._most_tiles = processor, most_positions, most_tiles
+
+    def __call__(self, record: dict[str, Any]) -> Encoded | BadSample:
+        where = record.get("where", "a scene")
+        try:
+            if "line" in record:
+                messages = to_conversation(json.loads(record["line"]), Path(record["folder"]))
+            else:
+                messages = record["messages"]
+            encoded = self._processor.encode(messages, inference=False)
+        except (VL2Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            return BadSample(where, str(error))
+        if len(encoded) > self._most_positions:
+            return BadSample(where, f"{len(encoded)} positions do not fit into a row of {self._most_positions}")
+        if len(encoded.tiles) > self._most_tiles:
+            return BadSample(where, f"{len(encoded.tiles)} tiles do not fit into a batch of {self._most_tiles}")
+        if (encoded.labels[1:] == IGNORED).all():
+            return BadSample(where, "it has no answer to learn")
+        return encoded
+
+
+class PackDataset(grain.IterDataset):
+    """Batches of packed rows, of an `IterDataset` of samples."""
+
+    def __init__(self, parent: grain.IterDataset, recipe: DataRecipe, pad_id: int, tile_size: int):
+        super().__init__(parent)
+        self._recipe, self._pad_id, self._tile_size = recipe, pad_id, tile_size
+
+    def __iter__(self) -> PackIterator:
+        return PackIterator(iter(self._parent), self._recipe, self._pad_id, self._tile_size)
+
+
+class PackIterator(grain.DatasetIterator):
+    """First fit: a batch is full when a sample fits into no row of it, or its tiles into no tile budget.
+
+    The sample that did not fit begins the next batch; the state is the position before it.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, recipe: DataRecipe, pad_id: int, tile_size: int):
+        super().__init__(parent)
+        self._recipe, self._pad_id, self._tile_size = recipe, pad_id, tile_size
+        self._before = parent.get_state()
+        self._waiting: Encoded | None = None
+        self.skipped = 0
+        self.reports: list[BadSample] = []
+
+    def __next__(self) -> PackedBatch:
+        rows: list[list[Encoded]] = [[] for _ in range(self._recipe.rows)]
+        room = [self._recipe.sequence_length] * self._recipe.rows
+        tiles = self._recipe.tiles
+        while True:
+            sample = self._waiting or self._next_sample()
+            self._waiting = None
+            if sample is None:
+                break
+            row = next((i for i, left in enumerate(room) if left >= len(sample)), None)
+            if row is None or len(sample.tiles) > tiles:
+                self._waiting = sample
+                break
+            rows[row].append(sample)
+            room[row] -= len(sample)
+            tiles -= len(sample.tiles)
+        if not any(rows):
+            raise StopIteration
+        return pack(rows, self._recipe.sequence_length, self._recipe.tiles, self._pad_id, self._tile_size)
+
+    def get_state(self) -> dict[str, Any]:
+        state = self._before if self._waiting is not None else self._parent.get_state()
+        return {"samples": state, "skipped": self.skipped}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["samples"])
+        self._before, self._waiting, self.skipped = state["samples"], None, state["skipped"]
+
+    def _next_sample(self) -> Encoded | None:
+        while True:
+            self._before = self._parent.get_state()
+            try:
+                sample = next(self._parent)
+            except StopIteration:
+                return None
+            if not isinstance(sample, BadSample):
+                return sample
+            if self._recipe.on_bad_sample == "raise":
+                raise SampleError(f"{sample.where}: {sample.reason}; mend it, or set data.on_bad_sample = 'skip'.")
+            self.skipped += 1
+            self.reports.append(sample)
+
+
+def batches(
+    recipe: DataRecipe, processor: Processor, process_index: int = 0, process_count: int = 1
+) -> grain.IterDataset:
+    """This host's share of every batch: `rows / process_count` rows of its own samples.
+
+    Raises:
+      ConfigError: rows or tiles do not divide into the hosts, or there is no source.
+    """
+    if recipe.rows % process_count or recipe.tiles % process_count:
+        raise ConfigError(f"{recipe.rows} rows and {recipe.tiles} tiles do not divide into {process_count} hosts.")
+    if recipe.on_bad_sample not in ("skip", "raise"):
+        raise ConfigError(f"data.on_bad_sample is {recipe.on_bad_sample!r}; expected 'skip' or 'raise'.")
+    if not recipe.sources:
+        raise ConfigError("data.sources is empty; give at least one {path = ...} or {scenes = seed}.")
+    share = dataclasses.replace(recipe, rows=recipe.rows // process_count, tiles=recipe.tiles // process_count)
+    encoder = Encoder(processor, share.sequence_length, share.tiles)
+    parts = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
+    mixed = parts[0]
+    if len(parts) > 1:
+        mixed = grain.MapDataset.mix(parts, weights=[source.weight for source in recipe.sources])
+    samples = mixed[process_index::process_count].map(encoder)
+    if recipe.workers:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+        stream = samples.to_iter_dataset(options).mp_prefetch(grain.MultiprocessingOptions(recipe.workers))
+    else:
+        stream = samples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD))
+    return PackDataset(stream, share, processor.tokenizer.pad_id, processor.config.tile_size)
+
+
+def pack(rows: Sequence[Sequence[Encoded]], length: int, tiles: int, pad_id: int, tile_size: int) -> PackedBatch:
+    """Documents laid one after another into rows."""
+    shape = (len(rows), length)
+    ids, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORED, np.int32)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    visual = np.full(shape, TEXT, np.int32)
+    table = np.zeros((tiles, tile_size, tile_size, 3), np.uint8)
+    used = 0
+    for row, documents in enumerate(rows):
+        begin = 0
+        for number, document in enumerate(documents, 1):
+            part = slice(begin, begin + len(document))
+            ids[row, part], labels[row, part] = document.input_ids, document.labels
+            labels[row, begin] = IGNORED  # the document before must not be asked to predict it
+            segments[row, part], positions[row, part] = number, np.arange(len(document))
+            visual[row, part] = after_tiles(document.visual_index, used * document.tokens_per_tile)
+            table[used : used + len(document.tiles)] = document.tiles
+            used += len(document.tiles)
+            begin += len(document)
+    return PackedBatch(ids, labels, segments, positions, visual, table)
+
+
+def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.MapDataset:
+    if (source.path is None) == (source.scenes is None):
+        raise ConfigError(f"data source {number} must have either a path or scenes.")
+    if source.scenes is not None:
+        scenes = SceneSource(
+            source.scenes, turns=source.turns, most_shapes=source.most_shapes, longest_side=source.longest_side
+        )
+        return grain.MapDataset.source(scenes)
+    records = JsonSource(Path(source.path or ""))
+    return grain.MapDataset.source(records).shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
+
+
+def _line_starts(path: Path) -> list[tuple[int, int, int]]:
+    """(line number, begin, end) of every record."""
+    with path.open("rb") as stream:
+        if stream.read(1).strip() == b"[" and path.suffix == ".json":
+            raise ConfigError(f"{path} holds one JSON list; write one record a line: `jq -c '.[]' {path} > {path}l`.")
+        stream.seek(0)
+        starts, begin = [], 0
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                starts.append((number, begin, begin + len(line)))
+            begin += len(line)
+    if not starts:
+        raise ConfigError(f"{path} holds no record.")
+    return starts

@@ -1,0 +1,155 @@
+"""Records of the data sets that people have, to this project's conversations.
+
+    LLaVA, ShareGPT   {"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image" | "images": ...}
+    ms-swift          {"messages": [{"role", "content"}], "images": [...], "objects": {"ref", "bbox", ...}}
+    OpenAI            {"messages": [{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}]}
+    Hugging Face      {"messages" | "prompt" + "completion", "images" | "image"}, with {"type": "image"} parts
+    columns           {"image", "question", "answer"}
+
+Boxes in `objects` become the model's own tags and 0 to 999 coordinates (SPEC 4.10).
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vl2_jax.errors import ConversationError
+from vl2_jax.processing.conversation import IMAGE_TAG
+from vl2_jax.processing.images import load_image
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_PLACEHOLDER = re.compile(r"<(ref-object|bbox)>")
+
+
+def to_conversation(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Messages `{"role", "content", "images"}` of one record; relative picture paths start at `folder`.
+
+    Raises:
+      ConversationError: the record has none of the known forms, or its tags and pictures do not match.
+    """
+    if not isinstance(record, Mapping):
+        raise ConversationError(f"a record must be a JSON object, got {type(record).__name__}.")
+    pictures = [_picture(item, folder) for item in _listed(record.get("images", record.get("image")))]
+    messages = [_message(message, pictures, folder) for message in _turns(record)]
+    _place_objects(messages, record.get("objects"), pictures)
+    return _with_images(messages, pictures)
+
+
+def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    for key in ("messages", "conversations"):
+        if isinstance(record.get(key), Sequence) and not isinstance(record[key], str):
+            return list(record[key])
+    if "prompt" in record and "completion" in record:
+        prompt, completion = record["prompt"], record["completion"]
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return [*prompt, *completion]
+    if "question" in record and "answer" in record:
+        return [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
+    raise ConversationError(
+        f"a record with the keys {', '.join(map(repr, record)) or 'none'} is not understood; expected 'messages', "
+        "'conversations', 'prompt' and 'completion', or 'question' and 'answer'."
+    )
+
+
+def _message(message: Any, pictures: list[Any], folder: Path) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ConversationError(f"a message must be an object, got {message!r:.80}.")
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value", ""))
+    images = [_picture(item, folder) for item in _listed(message.get("images"))]
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        text = ""
+        for part in content:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text":
+                text += part.get("text", "")
+            elif kind in ("image", "image_url"):
+                text += IMAGE_TAG + "\n"
+                inline = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
+                inline = inline.get("url") if isinstance(inline, Mapping) else inline
+                if inline is not None:
+                    images.append(_picture(inline, folder))
+            else:
+                raise ConversationError(f"a part of a message has the unknown type {kind!r}; use text or image_url.")
+        content = text
+    if not isinstance(content, str):
+        raise ConversationError(f"a message's content must be text or parts, got {type(content).__name__}.")
+    return {"role": _ROLES.get(role, role), "content": content, "images": images}
+
+
+def _with_images(messages: list[dict[str, Any]], pictures: list[Any]) -> list[dict[str, Any]]:
+    """Gives each message the pictures of its tags; pictures without any tag stand before the first question."""
+    if pictures and not any(IMAGE_TAG in message["content"] for message in messages):
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is not None:
+            first["content"] = f"{IMAGE_TAG}\n" * len(pictures) + first["content"]
+    left = list(pictures)
+    for message in messages:
+        missing = message["content"].count(IMAGE_TAG) - len(message["images"])
+        if 0 < missing <= len(left):
+            message["images"] += left[:missing]
+            left = left[missing:]
+    if left:
+        tags = sum(message["content"].count(IMAGE_TAG) for message in messages)
+        raise ConversationError(
+            f"{tags} {IMAGE_TAG} tag(s) but {len(pictures)} picture(s); write one for each picture."
+        )
+    return messages
+
+
+def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[Any]) -> None:
+    """`<ref-object>` and `<bbox>` placeholders to the model's tags, in the order they stand."""
+    if not objects:
+        return
+    refs, rows = list(objects.get("ref") or ()), list(objects.get("bbox") or ())
+    of_picture = list(objects.get("image_id") or [0] * len(rows))
+    is_relative = objects.get("bbox_type", "real") == "norm1"
+    taken = {"ref-object": 0, "bbox": 0}
+
+    def replaced(match: re.Match[str]) -> str:
+        kind = match.group(1)
+        number = taken[kind]
+        taken[kind] += 1
+        if number >= len(refs if kind == "ref-object" else rows):
+            raise ConversationError(f"more <{kind}> placeholders than entries in 'objects'.")
+        if kind == "ref-object":
+            return f"<|ref|>{refs[number]}<|/ref|>"
+        if of_picture[number] >= len(pictures):
+            raise ConversationError(f"a box belongs to picture {of_picture[number]}, but there are {len(pictures)}.")
+        width, height = (1, 1) if is_relative else load_image(pictures[of_picture[number]]).size
+        scaled = [min(999, max(0, round(v / whole * 999))) for v, whole in zip(rows[number], (width, height) * 2)]
+        return f"<|det|>[{scaled}]<|/det|>"
+
+    for message in messages:
+        message["content"] = _PLACEHOLDER.sub(replaced, message["content"])
+
+
+def _picture(item: Any, folder: Path) -> Any:
+    """A path, the bytes of a data URL, or what Pillow and NumPy hold already."""
+    if isinstance(item, Mapping):  # Hugging Face: {"bytes", "path"}
+        return item["bytes"] if item.get("bytes") else _picture(item.get("path"), folder)
+    if not isinstance(item, str):
+        return item
+    if item.startswith("data:"):
+        try:
+            return base64.b64decode(item.partition(",")[2], validate=True)
+        except ValueError:
+            raise ConversationError("a picture's data URL is not valid base64.") from None
+    if item.startswith(("http://", "https://")):
+        raise ConversationError(f"{item!r:.80} is not fetched; download pictures and give their paths.")
+    return str(folder / item.removeprefix("file://"))
+
+
+def _listed(value: Any) -> list[Any]:
+    return (
+        []
+        if value is None
+        else list(value)
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        else [value]
+    )

@@ -1,0 +1,79 @@
+"""Which parameters are trained, at which rate, and how (SPEC 8.2).
+
+Parameters are flat dictionaries here, path -> array, so that patterns, checkpoints and optimiser state speak of the
+same names.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from vl2_jax.errors import ConfigError
+from vl2_jax.training.recipe import OptimizerRecipe
+
+CORRECTION_BIAS = "correction_bias"
+_UNUSED = "vision/attn_pool/*"  # in every checkpoint, executed by nothing (SPEC 2.3)
+_UNDECAYED = ("image_newline", "view_separator")
+
+Flat = Mapping[str, Array]
+
+
+def is_trained(path: str, frozen: Iterable[str]) -> bool:
+    """Whether gradients change a parameter: correction biases have a rule of their own, the unused pooling has none."""
+    return not path.endswith(CORRECTION_BIAS) and not any(fnmatch.fnmatch(path, p) for p in (_UNUSED, *frozen))
+
+
+def check_patterns(paths: Iterable[str], frozen: Iterable[str]) -> None:
+    """Raises ConfigError for a pattern that fits no parameter."""
+    paths = list(paths)
+    for pattern in frozen:
+        if not any(fnmatch.fnmatch(path, pattern) for path in paths):
+            raise ConfigError(
+                f"optimizer.frozen has {pattern!r}, which fits no parameter; they look like {paths[0]!r}, {paths[-1]!r}."
+            )
+
+
+def schedule_of(recipe: OptimizerRecipe, steps: int) -> optax.Schedule:
+    """The learning rate at every step."""
+    rate, after = recipe.learning_rate, max(1, steps - recipe.warmup)
+    if recipe.schedule == "constant":
+        main = optax.constant_schedule(rate)
+    elif recipe.schedule == "cosine":
+        main = optax.cosine_decay_schedule(rate, after, alpha=recipe.final_share)
+    elif recipe.schedule == "step":
+        drops = {int(steps * share) - recipe.warmup: 10**-0.5 for share in (0.5, 0.75)}
+        main = optax.piecewise_constant_schedule(rate, drops)
+    elif recipe.schedule == "warmup_stable_decay":
+        decay = max(1, int(steps * recipe.decay_share))
+        falling = optax.linear_schedule(rate, rate * recipe.final_share, decay)
+        main = optax.join_schedules([optax.constant_schedule(rate), falling], [max(0, after - decay)])
+    else:
+        raise ConfigError(
+            f"optimizer.schedule is {recipe.schedule!r}; expected constant, cosine, step or warmup_stable_decay."
+        )
+    if not recipe.warmup:
+        return main
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, recipe.warmup), main], [recipe.warmup])
+
+
+def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransformation:
+    """AdamW over a flat dictionary: matrices decay, vectors do not; the vision tower learns at its own rate."""
+
+    def decays(params: Flat) -> dict[str, bool]:
+        return {path: array.ndim > 1 and path not in _UNDECAYED for path, array in params.items()}
+
+    def in_vision(params: Flat) -> dict[str, bool]:
+        return {path: path.startswith("vision/") for path in params}
+
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon, mu_dtype=jnp.dtype(recipe.state_dtype)),
+        optax.add_decayed_weights(recipe.weight_decay, decays),
+        optax.masked(optax.scale(recipe.vision_multiplier), in_vision),
+        optax.scale_by_learning_rate(schedule_of(recipe, steps)),
+    )
