@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +43,34 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
     manifest = read_manifest(source)
     leaves = plan(read_config(source))
     dtypes = {leaf.path: dtype_of(manifest["tensors"][leaf.path]["dtype"]) for leaf in leaves}
+    arrays = read_pieces(source, leaves, verify=True, report=report)
+    write_released(source, destination, leaves, dtypes, arrays, report)
+
+
+def write_released(
+    small_files: Path,
+    destination: Path,
+    leaves: list[Leaf],
+    dtypes: Mapping[str, np.dtype],
+    pieces: Iterable[Mapping[str, np.ndarray]],
+    report: Report = silent,
+) -> None:
+    """Parameters as they come, a few at a time, to the released layout.
+
+    Args:
+      small_files: directory with the configuration and tokenizer that go with them.
+      dtypes: of every parameter on disk.
+      pieces: parameters by path; together all of `leaves`.
+    """
     new = unfinished_directory(destination)
-    copy_small_files(source, new)
+    copy_small_files(small_files, new)
     ranges = _create_files(new, leaves, dtypes)
     checksums = {}
-    for arrays in read_pieces(source, leaves, verify=True, report=report):
+    for arrays in pieces:
         for leaf in leaves:
             if leaf.path not in arrays:
                 continue
-            for key, tensor in leaf.split(arrays[leaf.path]).items():
+            for key, tensor in leaf.split(arrays[leaf.path].astype(dtypes[leaf.path], copy=False)).items():
                 contiguous = np.ascontiguousarray(tensor)
                 file, offset = ranges[key]
                 with file.open("r+b") as stream:
@@ -61,7 +81,7 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
     replace_directory(new, destination, report)
 
 
-def _create_files(directory: Path, leaves: list[Leaf], dtypes: dict[str, np.dtype]) -> dict[str, tuple[Path, int]]:
+def _create_files(directory: Path, leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> dict[str, tuple[Path, int]]:
     """Writes the headers of all files and tells where each tensor's bytes go."""
     tensors = {key: (dtypes[leaf.path], leaf.torch_shape) for leaf in leaves for key in leaf.keys}
     by_file: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = defaultdict(dict)

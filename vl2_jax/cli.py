@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as json_module
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from vl2_jax.config import preset_names, read_config
-from vl2_jax.errors import ImageError, VerificationError, VL2Error
+from vl2_jax.errors import CheckpointError, ImageError, VerificationError, VL2Error
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
@@ -154,18 +155,74 @@ def convert(
 
 
 @app.command
-def export(source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path]) -> None:
-    """Converted checkpoint to the released Hugging Face layout.
+def export(
+    source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path], dtype: str | None = None
+) -> None:
+    """Converted checkpoint, or a training run, to the released Hugging Face layout.
 
     Args:
-        source: A converted checkpoint.
+        source: A converted checkpoint, or the folder of a training run, whose newest checkpoint is taken.
         destination: A directory that does not exist yet.
+        dtype: Of a training run's weights: bfloat16 or float32; by default that of its configuration.
     """
+    if (source / "checkpoints").is_dir():
+        step = _training().export_run(source, destination, _messages.print, dtype)
+        _messages.print(f"exported step {step} of {source} to {destination}")
+        return
+    if dtype is not None:
+        raise CheckpointError("--dtype is for training runs; a converted checkpoint keeps the dtype it has.")
     from convert.to_torch import export as run
 
     with Display(_messages) as report:
         run(source, destination, report)
     _messages.print(f"exported {source} to {destination}")
+
+
+@app.command
+def train(
+    recipe: tyro.conf.Positional[Path],
+    out: Path,
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+) -> None:
+    """Train a model; run the same command again to go on after an interruption.
+
+    Args:
+        recipe: A TOML file; configs/training/ holds some.
+        out: Folder of the run: checkpoints, logs (TensorBoard too), and the trained model in OUT/model at the end.
+        set: Change a value of the recipe: --set optimizer.learning_rate=1e-4.
+    """
+    from vl2_jax.training.recipe import read_recipe
+
+    loop = _training()
+    described = read_recipe(recipe, set)
+    run = loop.train(described, out, _messages.print)
+    if int(run.state.step) >= described.loop.steps:
+        model = out / "model"
+        shutil.rmtree(model, ignore_errors=True)
+        loop.export_run(out, model, _messages.print)
+        _messages.print(f"the trained model is in {model}: vl2 generate --model {model} ...")
+
+
+@app.command(name="eval")
+def evaluate(model: str, count: int = 100, seed: int = 1_000_000, json: bool = False) -> None:
+    """Ask a model about drawn scenes it has not seen, and print how often it is right.
+
+    Args:
+        model: Directory of a model, or a hub id.
+        count: Conversations to draw; each holds about six questions, asked one by one.
+        seed: Of the scenes.
+        json: Print one object.
+    """
+    from vl2_jax.scenes.evaluation import ask_all, table
+
+    vl2, _ = _load(model, dtype="float32")
+    with Display(_messages) as report:
+        rows = table(ask_all(vl2, count, seed, report=report))
+    if json:
+        _print_json({row.skill: {"questions": row.questions, "score": row.score} for row in rows})
+        return
+    for row in rows:
+        print(f"{row.skill:22} {row.questions:6} questions {100 * row.score:6.1f} %")
 
 
 @app.command
@@ -260,6 +317,14 @@ def describe(config: Any) -> dict[str, Any]:
         "attention": "latent (MLA)" if language.use_mla else "multi-head",
         "router": f"{language.scoring_func}, {language.topk_method}",
     }
+
+
+def _training() -> Any:
+    try:
+        from vl2_jax.training import loop
+    except ModuleNotFoundError as error:
+        raise VL2Error(f"training needs {error.name!r}: pip install 'vl2-jax[train]'") from None
+    return loop
 
 
 def _load(model: str, **options: Any) -> tuple[Any, float]:

@@ -64,7 +64,7 @@ def scene_conversation(
     chosen = _spread(random, asked, turns)
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(chosen):
-        question = {"role": "user", "content": turn.question, "images": []}
+        question: dict[str, Any] = {"role": "user", "content": turn.question, "images": []}
         if number == 0:
             question["content"] = f"{IMAGE_TAG}\n" * pictures + turn.question
             question["images"] = [render(scene) for scene in scenes]

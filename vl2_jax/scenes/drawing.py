@@ -148,7 +148,7 @@ def _covered(a: Thing, b: Thing) -> float:
 def _outline(thing: Thing) -> list[tuple[float, float]]:
     """Corners of a shape, for a unit square laid on its box."""
     third = 1 / 3
-    corners = {
+    corners: dict[str, list[tuple[float, float]]] = {
         "square": [(0, 0), (1, 0), (1, 1), (0, 1)],
         "triangle": [(0.5, 0), (1, 1), (0, 1)],
         "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
@@ -157,9 +157,9 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
             (2 * third, 1), (third, 1), (third, 2 * third), (0, 2 * third), (0, third), (third, third),
         ],
         "star": _STAR,
-    }[thing.kind]  # fmt: skip
+    }  # fmt: skip
     x1, y1, x2, y2 = thing.box
-    return [(x1 + x * (x2 - x1), y1 + y * (y2 - y1)) for x, y in corners]
+    return [(x1 + x * (x2 - x1), y1 + y * (y2 - y1)) for x, y in corners[thing.kind]]
 
 
 def _star() -> list[tuple[float, float]]:

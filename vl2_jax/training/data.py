@@ -1,34 +1,24 @@
 """Conversations to packed batches, with a position that a checkpoint can hold.
 
-    sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
-
-    row 0   | document 1 ........ | document 2 ..... | document 3 ... | . |     segments 1 1 1 2 2 2 3 3 0
-    row 1   | document 1 .................. | document 2 ........ | . . . |     positions start again in each
-
-Documents of a row never see each other, and each has the loss it has alone. A batch holds a fixed number of positions
-and of tiles, so that nothing recompiles; tiles are laid evenly over devices, whatever row they belong to.
-
-B rows, T positions, I tiles, S pixels along a tile's side.
+sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
-import numpy as np
+from absl import flags
 
 from vl2_jax.errors import ConfigError, VL2Error
-from vl2_jax.processing.batch import IGNORED, TEXT, Encoded, Processor
-from vl2_jax.processing.tiling import after_tiles
+from vl2_jax.processing.batch import IGNORED, Encoded, Processor
 from vl2_jax.scenes import SceneSource
 from vl2_jax.training.formats import to_conversation
+from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
 
 _READ_AHEAD = 64
@@ -44,19 +34,6 @@ class BadSample:
 
     where: str
     reason: str
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedBatch:
-    """Packed rows. Padding positions have segment 0, label IGNORED, visual row TEXT."""
-
-    input_ids: np.ndarray  # int32 [B, T]
-    labels: np.ndarray  # int32 [B, T]; IGNORED at the first position of every document
-    segments: np.ndarray  # int32 [B, T], from 1; 0 is padding
-    positions: np.ndarray  # int32 [B, T], from 0 in every document
-    visual_index: np.ndarray  # int32 [B, T], row of the batch's visual table
-    tiles: np.ndarray  # uint8 [I, S, S, 3]
 
 
 @dataclass(frozen=True)
@@ -195,33 +172,12 @@ def batches(
         mixed = grain.MapDataset.mix(parts, weights=[source.weight for source in recipe.sources])
     samples = mixed[process_index::process_count].map(encoder)
     if recipe.workers:
+        flags.FLAGS.mark_as_parsed()  # Grain's processes read absl's flags, which nobody parses here
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
         stream = samples.to_iter_dataset(options).mp_prefetch(grain.MultiprocessingOptions(recipe.workers))
     else:
         stream = samples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD))
     return PackDataset(stream, share, processor.tokenizer.pad_id, processor.config.tile_size)
-
-
-def pack(rows: Sequence[Sequence[Encoded]], length: int, tiles: int, pad_id: int, tile_size: int) -> PackedBatch:
-    """Documents laid one after another into rows."""
-    shape = (len(rows), length)
-    ids, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORED, np.int32)
-    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    visual = np.full(shape, TEXT, np.int32)
-    table = np.zeros((tiles, tile_size, tile_size, 3), np.uint8)
-    used = 0
-    for row, documents in enumerate(rows):
-        begin = 0
-        for number, document in enumerate(documents, 1):
-            part = slice(begin, begin + len(document))
-            ids[row, part], labels[row, part] = document.input_ids, document.labels
-            labels[row, begin] = IGNORED  # the document before must not be asked to predict it
-            segments[row, part], positions[row, part] = number, np.arange(len(document))
-            visual[row, part] = after_tiles(document.visual_index, used * document.tokens_per_tile)
-            table[used : used + len(document.tiles)] = document.tiles
-            used += len(document.tiles)
-            begin += len(document)
-    return PackedBatch(ids, labels, segments, positions, visual, table)
 
 
 def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.MapDataset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,30 +14,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.checkpoint import dtype_of
+from convert.to_torch import write_released
+from convert.weight_map import plan
 from vl2_jax.config import VL2Config
-from vl2_jax.errors import ConfigError, VL2Error
-from vl2_jax.model.vl2 import Params, VL2Model, init_params
+from vl2_jax.errors import CheckpointError, ConfigError, VL2Error
+from vl2_jax.model.vl2 import VL2Model, init_params
 from vl2_jax.processing.batch import Processor
 from vl2_jax.training.checkpoints import Checkpoints
-from vl2_jax.training.data import PackedBatch, batches
-from vl2_jax.training.optimizer import schedule_of
-from vl2_jax.training.recipe import ModelRecipe, Recipe
+from vl2_jax.training.data import batches
+from vl2_jax.training.log import Log
+from vl2_jax.training.optimizer import CORRECTION_BIAS
+from vl2_jax.training.packing import PackedBatch
+from vl2_jax.training.recipe import Recipe, build_recipe
 from vl2_jax.training.step import Metrics, TrainState, init_state, make_step
 
-LOG_FILE = "log.jsonl"
-_RECIPE_FILE = "recipe.json"
+_RECIPE_FILE, _CHECKPOINTS = "recipe.json", "checkpoints"
+_MAY_CHANGE = {"data.workers", "objective.loss_chunk", "objective.rematerialise"}
 
 
 class TrainingError(VL2Error):
     """Training that cannot go on: a loss or gradients that are not numbers, or data that ran out at once."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A model that is being trained, and where it stands."""
 
     model: VL2Model
     processor: Processor
+    small_files: Path  # directory of its configuration, processor and tokenizer files
     state: TrainState
 
 
@@ -54,115 +58,100 @@ def train(recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int 
       ConfigError, CheckpointError, SampleError: see their messages.
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
+    run = _begin(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_recipe(folder, recipe)
-    model, processor, params = start(recipe.model)
-    state = init_state(recipe, params)
-    stream = iter(batches(recipe.data, processor, jax.process_index(), jax.process_count()))
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.loop.keep, tell)
+    _keep_recipe(folder, recipe)
+    state, saved = run.state, -1
+    stream = iter(batches(recipe.data, run.processor, jax.process_index(), jax.process_count()))
+    checkpoints = Checkpoints(folder / _CHECKPOINTS, recipe.loop.keep, tell)
     found = checkpoints.restore(state)
     if found is not None:
-        state, run = found
-        stream.set_state(run["data"])
-        tell(f"going on from step {int(state.step)}")
-    log = Log(folder, recipe, tell)
-    update = make_step(model, recipe)
-    last = min(recipe.loop.steps, until or recipe.loop.steps)
-    step = int(state.step)
-    saved = step if found is not None else -1
+        state, kept = found
+        stream.set_state(kept["data"])
+        saved = int(state.step)
+        tell(f"going on from step {saved}")
+    update, log = make_step(run.model, recipe), Log(folder, recipe, tell)
+    step, last = int(state.step), min(recipe.loop.steps, until or recipe.loop.steps)
+    unchecked: Metrics | None = None
     with _Interruption() as interruption:
-        waiting: Metrics | None = None
         while step < last and not interruption.came:
             batch = _next_batches(stream, recipe.optimizer.accumulate)
             if batch is None:
-                if waiting is None and saved < 0:
-                    raise TrainingError("the data holds no sample that can be trained on.")
-                tell(f"the data ended at step {step}")
+                tell(f"the data ended after {step} steps")
                 break
             state, metrics = update(state, batch)
+            _check(unchecked, step)  # one step late, so that the device never waits for the host
+            unchecked = metrics
             step += 1
-            _check(waiting, step - 1)
-            waiting = metrics
-            log.step(step, metrics, getattr(stream, "skipped", 0))
+            log.step(step, metrics, stream.skipped, stream.reports)
             if recipe.loop.checkpoint_every and step % recipe.loop.checkpoint_every == 0:
                 _check(metrics, step)
                 checkpoints.save(step, state, {"data": stream.get_state()})
                 saved = step
-        _check(waiting, step)
-        if saved != step:
-            checkpoints.save(step, state, {"data": stream.get_state()})
-        checkpoints.wait()
-        if interruption.came:
-            tell(f"interrupted; step {step} is saved, the same command goes on from there")
-    return Run(model, processor, state)
+    _check(unchecked, step)
+    if step == 0:
+        raise TrainingError(f"the data holds no sample that can be trained on ({stream.skipped} were left out).")
+    if saved != step:
+        checkpoints.save(step, state, {"data": stream.get_state()})
+    checkpoints.wait()
+    if interruption.came:
+        tell(f"interrupted; step {step} is saved, and the same command goes on from there")
+    return dataclasses.replace(run, state=state)
 
 
-def start(recipe: ModelRecipe) -> tuple[VL2Model, Processor, Params]:
-    """The model, its processor and its parameters before the first update.
+def export_run(folder: Path, destination: Path, tell: Callable[[str], None], dtype: str | None = None) -> int:
+    """The newest checkpoint of a run in the released layout.
+
+    Args:
+      dtype: of the weights on disk; `None` is that of the model's configuration.
+
+    Returns:
+      The step it was saved at.
+
+    Raises:
+      CheckpointError: there is no run, or no checkpoint that can be read.
+    """
+    path = folder / _RECIPE_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {_RECIPE_FILE}; give the --out folder of `vl2 train`.")
+    recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")))
+    run = _begin(recipe)
+    found = Checkpoints(folder / _CHECKPOINTS, recipe.loop.keep, tell).restore(run.state)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet.")
+    state, config = found[0], run.model.config
+    leaves = plan(config)
+    wide, narrow = np.dtype(np.float32), dtype_of(dtype or config.torch_dtype)
+    dtypes = {leaf.path: wide if leaf.path.endswith(CORRECTION_BIAS) else narrow for leaf in leaves}
+    write_released(run.small_files, destination, leaves, dtypes, [jax.device_get({**state.trained, **state.kept})])
+    return int(state.step)
+
+
+def _begin(recipe: Recipe) -> Run:
+    """The model, its processor and its state before the first update.
 
     Raises:
       ConfigError: neither or both of `path` and `preset`, or no tokenizer for a preset.
     """
     from vl2_jax.api import find_model, load
 
-    dtype, param_dtype = dtype_of(recipe.dtype), dtype_of(recipe.param_dtype)
-    if (recipe.path is None) == (recipe.preset is None):
+    described = recipe.model
+    dtype, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)
+    if (described.path is None) == (described.preset is None):
         raise ConfigError("[model] must have either a path (a model to go on from) or a preset (random weights).")
-    if recipe.path is not None:
-        vl2 = load(recipe.path, dtype=recipe.param_dtype)
-        config, processor, params = vl2.config, vl2.processor, vl2.params
+    if described.path is not None:
+        vl2 = load(described.path, dtype=described.param_dtype)
+        config, processor, params, small_files = vl2.config, vl2.processor, vl2.params, find_model(described.path)
     else:
-        if recipe.tokenizer is None:
-            raise ConfigError(
-                "[model] preset needs tokenizer = DIRECTORY, with tokenizer.json and processor_config.json."
-            )
-        config = VL2Config.preset(recipe.preset or "")
-        processor = Processor.from_directory(find_model(recipe.tokenizer), config)
-        params = init_params(config, jax.random.key(recipe.seed), param_dtype)
-    model = VL2Model(
-        config,
-        jnp.dtype(dtype),
-        jnp.dtype(param_dtype),
-        pixel_mean=processor.config.image_mean,
-        pixel_std=processor.config.image_std,
-    )
-    return model, processor, params
-
-
-class Log:
-    """Metrics to the terminal, to `log.jsonl` and to TensorBoard. Reads them late, so that the device never waits."""
-
-    def __init__(self, folder: Path, recipe: Recipe, tell: Callable[[str], None]):
-        self._every, self._steps, self._tell = recipe.loop.log_every, recipe.loop.steps, tell
-        self._rate = schedule_of(recipe.optimizer, recipe.loop.steps)
-        self._file = folder / LOG_FILE
-        self._board = _tensorboard(folder)
-        self._held: list[Metrics] = []
-        self._begun = time.perf_counter()
-
-    def step(self, step: int, metrics: Metrics, skipped: int) -> None:
-        self._held.append(metrics)
-        if not self._every or step % self._every:
-            return
-        told = jax.device_get(self._held)
-        seconds = (time.perf_counter() - self._begun) / len(told)
-        self._held, self._begun = [], time.perf_counter()
-        row: dict[str, Any] = {"step": step}
-        row |= {name: float(np.mean([getattr(m, name) for m in told])) for name in ("loss", "balance", "gradient_norm")}
-        row["busiest_expert"] = float(np.max([m.busiest_expert for m in told]))
-        row["learning_rate"] = float(self._rate(step - 1))
-        row["tokens_per_second"] = float(np.mean([m.positions for m in told])) / seconds
-        row |= {"seconds_per_step": seconds, "skipped_samples": skipped}
-        with self._file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if self._board is not None and name != "step":
-                self._board.add_scalar(name, value, step)
-        self._tell(
-            f"step {step}/{self._steps}  loss {row['loss']:.4f}  gradient {row['gradient_norm']:.2f}  "
-            f"busiest expert {row['busiest_expert']:.1f} x  {row['tokens_per_second']:.0f} tokens/s  "
-            f"{seconds:.2f} s/step"
-        )
+        if described.tokenizer is None:
+            raise ConfigError("[model] preset needs tokenizer, a directory with tokenizer.json and its like.")
+        small_files = find_model(described.tokenizer)
+        config = VL2Config.preset(described.preset or "")
+        processor = Processor.from_directory(small_files, config)
+        params = init_params(config, jax.random.key(described.seed), param_dtype)
+    mean, std = processor.config.image_mean, processor.config.image_std
+    model = VL2Model(config, jnp.dtype(dtype), jnp.dtype(param_dtype), pixel_mean=mean, pixel_std=std)
+    return Run(model, processor, small_files, init_state(recipe, params))
 
 
 class _Interruption:
@@ -170,12 +159,12 @@ class _Interruption:
 
     def __enter__(self) -> _Interruption:
         self.came = False
-        self._old = {}
+        self._old: dict[signal.Signals, Any] = {}
         for kind in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._old[kind] = signal.signal(kind, self._note)
-            except ValueError:  # not the main thread: somebody else's signals
-                continue
+            except ValueError:  # not in the main thread: signals are somebody else's
+                break
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -201,33 +190,22 @@ def _check(metrics: Metrics | None, step: int) -> None:
     if metrics is not None and not bool(metrics.is_finite):
         raise TrainingError(
             f"the loss or the gradients of step {step} are not numbers (loss {float(metrics.loss)}, gradient norm "
-            f"{float(metrics.gradient_norm)}); nothing was saved since. Lower optimizer.learning_rate or look at the data, "
-            "then run the same command: it goes on from the last good checkpoint."
+            f"{float(metrics.gradient_norm)}); nothing was saved since. Lower optimizer.learning_rate or look at the "
+            "data, then run the same command: it goes on from the last good checkpoint."
         )
 
 
-def _check_recipe(folder: Path, recipe: Recipe) -> None:
-    """A run goes on with the recipe it was begun with; only its end and its habits may change."""
+def _keep_recipe(folder: Path, recipe: Recipe) -> None:
+    """Writes the recipe down; a run goes on with the one it was begun with, but for its length and its habits."""
     path = folder / _RECIPE_FILE
-    data = {name: dataclasses.asdict(getattr(recipe, name)) for name in ("model", "data", "objective", "optimizer")}
-    body = json.loads(json.dumps(data))
+    new = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        changed = [
-            f"{table}.{key}" for table in body for key in body[table] if old.get(table, {}).get(key) != body[table][key]
-        ]
-        allowed = {"data.workers", "objective.loss_chunk", "objective.rematerialise"}
-        if set(changed) - allowed:
+        tables = [table for table in new if table != "loop"]
+        changed = {f"{t}.{key}" for t in tables for key in new[t] if old.get(t, {}).get(key) != new[t][key]}
+        if changed - _MAY_CHANGE:
             raise ConfigError(
-                f"{folder} holds a run with another recipe ({', '.join(sorted(set(changed) - allowed))} differ); "
+                f"{folder} holds a run with another recipe ({', '.join(sorted(changed - _MAY_CHANGE))}); "
                 "choose another --out, or the old values."
             )
-    path.write_text(json.dumps(body, indent=2), encoding="utf-8")
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+    path.write_text(json.dumps(new, indent=2), encoding="utf-8")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vl2_jax.model.moe import Routing, balance_loss
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import IGNORED, Batch
+from vl2_jax.training.packing import PackedBatch
 
 
 class Losses(NamedTuple):
@@ -72,7 +73,7 @@ def expert_load(routing: Routing, experts: int, counted: Bool[Array, "B T"]) -> 
 def losses(
     model: VL2Model,
     params: Params,
-    batch: Batch,
+    batch: Batch | PackedBatch,
     *,
     count_padding: bool = False,
     chunk: int = 512,
@@ -87,8 +88,10 @@ def losses(
       balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
       targets: what the sum of cross-entropies is divided by; `None` is the number of targets in this batch.
     """
-    segments = batch.segments if hasattr(batch, "segments") else jnp.asarray(batch.attention_mask, jnp.int32)
-    positions = getattr(batch, "positions", None)
+    if isinstance(batch, PackedBatch):
+        segments, positions = jnp.asarray(batch.segments), batch.positions
+    else:
+        segments, positions = jnp.asarray(batch.attention_mask, jnp.int32), None
     labels = jnp.asarray(batch.labels)
     out = apply(model, params, batch.input_ids, segments, batch.visual_index, batch.tiles, positions, method="hidden")
     present = segments > 0

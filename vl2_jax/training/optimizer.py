@@ -33,9 +33,7 @@ def check_patterns(paths: Iterable[str], frozen: Iterable[str]) -> None:
     paths = list(paths)
     for pattern in frozen:
         if not any(fnmatch.fnmatch(path, pattern) for path in paths):
-            raise ConfigError(
-                f"optimizer.frozen has {pattern!r}, which fits no parameter; they look like {paths[0]!r}, {paths[-1]!r}."
-            )
+            raise ConfigError(f"optimizer.frozen has {pattern!r}, which fits no parameter; one is {paths[0]!r}.")
 
 
 def schedule_of(recipe: OptimizerRecipe, steps: int) -> optax.Schedule:

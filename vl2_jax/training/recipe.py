@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -152,7 +152,6 @@ class Recipe:
     objective: ObjectiveRecipe = ObjectiveRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     loop: LoopRecipe = LoopRecipe()
-    source: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -170,7 +169,16 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
     for change in changes:
         _lay_over(data, change)
-    return dataclasses.replace(_build(Recipe, data, ""), source=data)
+    return build_recipe(data)
+
+
+def build_recipe(data: Mapping[str, Any]) -> Recipe:
+    """A recipe from its tables.
+
+    Raises:
+      ConfigError: see `read_recipe`.
+    """
+    return _build(Recipe, data, "")
 
 
 def _lay_over(data: dict[str, Any], change: str) -> None:
@@ -190,13 +198,15 @@ def _lay_over(data: dict[str, Any], change: str) -> None:
 
 def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
     hints = get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.name != "source"]
+    names = [f.name for f in dataclasses.fields(kind)]
     values = {}
     for key, value in data.items():
         if key not in names:
             close = difflib.get_close_matches(key, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}."
             raise ConfigError(f"unknown key {where}{key!s}; {hint}")
+        if value is None:  # from a stored recipe; TOML has no such value
+            continue
         values[key] = _value(hints[key], value, f"{where}{key}")
     return kind(**values)
 
@@ -212,7 +222,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise ConfigError(f"{where} must be a list, got {value!r}.")
         return tuple(_value(inner, item, where) for item in value)
-    accepted = [kind for kind in (hint.__args__ if hasattr(hint, "__args__") else (hint,))]
+    accepted = list(getattr(hint, "__args__", (hint,)))
     if float in accepted and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not any(type(value) is kind for kind in accepted):

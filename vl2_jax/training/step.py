@@ -19,9 +19,9 @@ from convert.weight_map import flatten, unflatten
 from vl2_jax.inference.generate import matmul_precision
 from vl2_jax.model.vl2 import Params, VL2Model
 from vl2_jax.processing.batch import IGNORED
-from vl2_jax.training.data import PackedBatch
 from vl2_jax.training.objective import losses
 from vl2_jax.training.optimizer import CORRECTION_BIAS, check_patterns, is_trained, optimizer_of
+from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import Recipe
 
 
@@ -123,7 +123,7 @@ def make_step(model: VL2Model, recipe: Recipe) -> Callable[[TrainState, PackedBa
 
 
 def balanced(kept: dict[str, Array], load: Float[Array, "layers E"], step: float) -> dict[str, Array]:
-    """Correction biases moved by one step: up for experts below the mean load, down for those above (arXiv 2408.15664)."""
+    """Correction biases, one step up for experts below the mean load, down for those above (arXiv 2408.15664)."""
     paths = sorted((path for path in kept if path.endswith(CORRECTION_BIAS)), key=_layer)
     if not step or not paths:
         return kept

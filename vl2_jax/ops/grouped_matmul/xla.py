@@ -42,7 +42,8 @@ def block_rows(rows: int, groups: int) -> int:
     """Rows in a block: a group's mean share and two deviations, so that one block does for nearly every group.
 
     Measured on 2 cores (512 x 352, 64 experts, top-6, useful GF/s): 384 tokens 54 with 32 rows, 82 with 48, 63 with 64;
-    1087 tokens 92 with 64, 106 with 128; 9216 tokens, 192 x 96, 8 experts, top-2: 81 ms with 128, 32 with 512. A block costs as much whether it is full or not.
+    1087 tokens 92 with 64, 106 with 128; 9216 tokens (192 x 96, 8 experts, top-2): 81 ms with 128, 32 with 512. A block
+    costs as much whether it is full or not.
     """
     share = rows / groups
     size = math.ceil(share + 2 * share**0.5) if share > 1 else 1

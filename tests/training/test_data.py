@@ -1,0 +1,166 @@
+"""Packing: what a document costs in a packed row is what it costs alone, and a stream goes on where it stopped."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import vl2_jax
+from tests.conftest import GOLDENS
+from vl2_jax.errors import ConfigError
+from vl2_jax.model.vl2 import apply
+from vl2_jax.processing.batch import IGNORED
+from vl2_jax.training.data import SampleError, batches
+from vl2_jax.training.formats import to_conversation
+from vl2_jax.training.objective import next_token_loss, token_losses
+from vl2_jax.training.packing import pack
+
+PIXELS = {"nano-tiny", "nano-small", "nano-base"}
+
+
+def documents(processor, data_file):
+    lines = data_file.read_text().splitlines()
+    return [processor.encode(to_conversation(json.loads(line), data_file.parent), inference=False) for line in lines]
+
+
+@pytest.mark.parametrize("model", sorted(PIXELS))
+def test_a_packed_document_has_the_loss_it_has_alone(model, data_file):
+    vl2 = vl2_jax.load(GOLDENS / model, dtype="float32")
+    samples = documents(vl2.processor, data_file)
+    size = vl2.processor.config.tile_size
+
+    @jax.jit
+    def losses_of(batch):
+        inputs = (batch.input_ids, batch.segments, batch.visual_index, batch.tiles, batch.positions)
+        return token_losses(apply(vl2.model, vl2.params, *inputs).logits[:, :-1], batch.labels[:, 1:])
+
+    def sums(rows, length):
+        batch = pack(rows, length, 64, vl2.processor.tokenizer.pad_id, size)
+        losses = np.asarray(losses_of(batch))
+        return [
+            losses[row][batch.segments[row, 1:] == number].sum()
+            for row, part in enumerate(rows)
+            for number in range(1, len(part) + 1)
+        ]
+
+    length = max(sum(map(len, samples[:3])), sum(map(len, samples[3:])))
+    together = sums([samples[:3], samples[3:]], length)
+    alone = [sums([[sample]], length)[0] for sample in samples]
+    np.testing.assert_allclose(together, alone, rtol=2e-5)
+
+
+def test_chunks_of_the_vocabulary_loss_add_up(data_file):
+    vl2 = vl2_jax.load(GOLDENS / "nano-small", dtype="float32")
+    samples = documents(vl2.processor, data_file)[:2]
+    batch = pack([samples], 900, 24, 0, vl2.processor.config.tile_size)
+    hidden = jax.random.normal(jax.random.key(0), (1, 900, vl2.config.language_config.hidden_size))
+
+    def loss(hidden, chunk):
+        return next_token_loss(vl2.model, vl2.params, hidden, batch.labels, chunk)
+
+    whole, parts = (jax.value_and_grad(loss)(hidden, chunk) for chunk in (900, 77))
+    np.testing.assert_allclose(whole[0], parts[0], rtol=1e-6)
+    np.testing.assert_allclose(whole[1], parts[1], atol=1e-6)
+
+
+def test_no_document_predicts_the_next_ones_first_token(recipe):
+    described = recipe("data.epochs=1")
+    batch = next(iter(batches(described.data, vl2_jax.load(GOLDENS / "nano-base").processor)))
+    first = batch.positions == 0
+    assert (batch.labels[first] == IGNORED).all()
+    assert (np.diff(batch.segments, axis=1)[batch.segments[:, 1:] > 0] >= 0).all()
+
+
+def test_a_stream_goes_on_exactly_where_it_stopped(recipe):
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    described = recipe().data
+    stream = iter(batches(described, processor))
+    states, expected = [], []
+    for _ in range(6):
+        states.append(json.loads(json.dumps(stream.get_state())))
+        expected.append(next(stream))
+    for state, batch in zip(states, expected):
+        again = iter(batches(described, processor))
+        again.set_state(state)
+        np.testing.assert_array_equal(next(again).input_ids, batch.input_ids)
+
+
+def test_worker_processes_give_the_same_batches(recipe):
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    alone, helped = (iter(batches(recipe(f"data.workers={n}").data, processor)) for n in (0, 1))
+    for _ in range(3):
+        a, b = next(alone), next(helped)
+        np.testing.assert_array_equal(a.input_ids, b.input_ids)
+        np.testing.assert_array_equal(a.tiles, b.tiles)
+    state = json.loads(json.dumps(helped.get_state()))
+    expected = next(helped)
+    again = iter(batches(recipe("data.workers=1").data, processor))
+    again.set_state(state)
+    np.testing.assert_array_equal(next(again).input_ids, expected.input_ids)
+
+
+def test_hosts_read_different_samples_and_together_all(recipe):
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    described = recipe("data.epochs=1").data
+    answers = []
+    for host in range(2):
+        for batch in batches(described, processor, host, 2):
+            assert batch.input_ids.shape == (1, 512)
+            answers.append(processor.tokenizer.decode(batch.input_ids.ravel()))
+    text = "".join(answers)
+    assert all(text.count(answer) == 1 for answer in ("a square", "a tower", "two things", "no picture at all"))
+
+
+@pytest.fixture
+def bad_file(tmp_path, data_file):
+    path = tmp_path / "bad.jsonl"
+    good = data_file.read_text().splitlines()[-1]
+    rows = [
+        json.dumps({"image": "missing.png", "question": "?", "answer": "!"}),
+        "{not json",
+        json.dumps({"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}),
+        json.dumps({"question": "?" * 600, "answer": "!"}),
+        json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}]}),
+        good,
+    ]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_bad_samples_are_counted_and_named_by_line(recipe, bad_file):
+    described = recipe(f"data.sources=[{{path='{bad_file}'}}]", "data.epochs=1").data
+    stream = iter(batches(described, vl2_jax.load(GOLDENS / "nano-base").processor))
+    batch = next(stream)
+    assert batch.segments.max() == 2  # an empty answer is one: the end of the sentence
+    assert stream.skipped == 4
+    lines = sorted(int(report.where.rsplit(":", 1)[1]) for report in stream.reports)
+    assert lines == [1, 2, 3, 4]
+
+
+def test_a_bad_sample_ends_the_run_where_asked_to(recipe, bad_file):
+    described = recipe(f"data.sources=[{{path='{bad_file}'}}]", "data.on_bad_sample=raise", "data.epochs=1").data
+    stream = iter(batches(described, vl2_jax.load(GOLDENS / "nano-base").processor))
+    with pytest.raises(SampleError, match=r"bad.jsonl:\d+: "):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.sources=[]", "data.sources is empty"),
+        ("data.sources=[{path='none.jsonl'}]", "no data file 'none.jsonl'"),
+        ("data.sources=[{path='x', scenes=1}]", "either a path or scenes"),
+        ("data.on_bad_sample=ignore", "expected 'skip' or 'raise'"),
+    ],
+)
+def test_wrong_data_settings_are_named(recipe, change, message):
+    with pytest.raises(ConfigError, match=message):
+        batches(recipe(change).data, vl2_jax.load(GOLDENS / "nano-base").processor)
+
+
+def test_mixtures_draw_by_weight(recipe):
+    both = "data.sources=[{scenes=1, weight=3, longest_side=112}, {scenes=2, weight=1, longest_side=112}]"
+    described = recipe(both, "data.sequence_length=1024", "data.tiles=200", "data.rows=40").data
+    batch = next(iter(batches(described, vl2_jax.load(GOLDENS / "nano-base").processor)))
+    assert batch.segments.max() >= 1

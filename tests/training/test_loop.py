@@ -1,0 +1,199 @@
+"""A run that is stopped, killed or damaged goes on exactly where it was; what is not a number is never saved."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vl2_jax
+from tests.conftest import GOLDENS
+from vl2_jax.errors import CheckpointError, ConfigError
+from vl2_jax.training.loop import TrainingError, export_run, train
+from vl2_jax.training.optimizer import is_trained, optimizer_of, schedule_of
+from vl2_jax.training.recipe import OptimizerRecipe
+from vl2_jax.training.step import balanced
+
+
+def silent(_):
+    pass
+
+
+def losses_in(folder):
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def leaves(state):
+    return {**state.trained, **state.kept}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, data_file):
+    """Eight steps without a stop."""
+    from vl2_jax.training.recipe import read_recipe
+
+    folder = tmp_path_factory.mktemp("whole")
+    path = folder / "recipe.toml"
+    path.write_text(
+        f"""
+        model.path = "{GOLDENS / "nano-base"}"
+        data = {{ sources = [{{ path = "{data_file}" }}], sequence_length = 512, rows = 2, tiles = 24, workers = 0 }}
+        objective.bias_step = 0.001
+        optimizer = {{ learning_rate = 1e-3, schedule = "cosine", warmup = 2 }}
+        loop = {{ steps = 8, log_every = 1, checkpoint_every = 3 }}
+        """
+    )
+    return path, folder / "run", train(read_recipe(path), folder / "run", silent)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(whole_run, tmp_path):
+    from vl2_jax.training.recipe import read_recipe
+
+    path, folder, whole = whole_run
+    recipe = read_recipe(path)
+    train(recipe, tmp_path / "run", silent, until=4)
+    told = []
+    again = train(recipe, tmp_path / "run", told.append)
+    assert "going on from step 4" in told
+    assert losses_in(tmp_path / "run") == losses_in(folder)
+    for name, array in leaves(whole.state).items():
+        np.testing.assert_array_equal(leaves(again.state)[name], array)
+
+
+def test_losses_fall_and_only_trained_parameters_change(whole_run):
+    _, folder, run = whole_run
+    losses = losses_in(folder)
+    assert losses[8] < 0.7 * losses[1]
+    before = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+    from convert.weight_map import flatten
+
+    changed = {name for name, array in flatten(before.params).items() if (leaves(run.state)[name] != array).any()}
+    assert not {name for name in changed if name.startswith("vision/attn_pool/")}
+    assert {name for name in changed if name.endswith("correction_bias")}
+    assert all(name in changed for name in run.state.trained)
+
+
+def test_the_trained_model_loads_back_with_the_same_logits(whole_run, tmp_path):
+    _, folder, run = whole_run
+    assert export_run(folder, tmp_path / "model", silent, dtype="float32") == 8
+    trained = vl2_jax.load(tmp_path / "model", dtype="float32")
+    before = vl2_jax.VL2(run.model.config, run.state.params, run.processor, "float32")
+    conversation = [{"role": "user", "content": "And this?"}, {"role": "assistant", "content": ""}]
+    batch = run.processor(conversation)
+    np.testing.assert_array_equal(trained.logits(batch), before.logits(batch))
+
+
+def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
+    path, folder, _ = whole_run
+    command = [sys.executable, "-m", "vl2_jax.cli", "train", str(path), "--out", str(tmp_path / "run")]
+    for kind, reached in ((signal.SIGKILL, 4), (signal.SIGTERM, 6)):
+        process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)
+        log = tmp_path / "run" / "log.jsonl"
+        while not (log.is_file() and max(losses_in(tmp_path / "run"), default=0) >= reached):
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.01)
+        process.send_signal(kind)
+        _, messages = process.communicate(timeout=120)
+        if kind == signal.SIGTERM and process.returncode == 0:
+            assert b"saved" in messages or b"the trained model is in" in messages
+    subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
+    assert losses_in(tmp_path / "run") == losses_in(folder)
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole_run, tmp_path):
+    from vl2_jax.training.recipe import read_recipe
+
+    path, folder, _ = whole_run
+    recipe = read_recipe(path)
+    train(recipe, tmp_path / "run", silent, until=7)
+    newest = tmp_path / "run" / "checkpoints" / "00000007"
+    largest = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    told = []
+    train(recipe, tmp_path / "run", told.append)
+    assert any("00000007 is passed over" in line for line in told)
+    assert "going on from step 6" in told
+    assert losses_in(tmp_path / "run") == losses_in(folder)
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoint"):
+        train(recipe, tmp_path / "run", silent)
+
+
+def test_what_is_not_a_number_ends_the_run_and_is_not_saved(recipe, tmp_path):
+    described = recipe("optimizer.learning_rate=1e38", "optimizer.clip=1e38", "optimizer.schedule=constant")
+    with pytest.raises(TrainingError, match="are not numbers"):
+        train(described, tmp_path / "run", silent)
+    for checkpoint in (tmp_path / "run").glob("checkpoints/*"):
+        assert int(checkpoint.name) < 8
+
+
+def test_another_recipe_is_refused(whole_run, recipe):
+    _, folder, _ = whole_run
+    with pytest.raises(ConfigError, match=r"another recipe .*optimizer.learning_rate"):
+        train(recipe("optimizer.learning_rate=2e-3"), folder, silent)
+
+
+def test_accumulated_batches_equal_one_large_one(recipe, tmp_path):
+    large = recipe("data.rows=4", "data.tiles=48", "loop.steps=2", "objective.balance_loss=0.0")
+    small = recipe("optimizer.accumulate=2", "loop.steps=2", "objective.balance_loss=0.0")
+    a, b = (train(r, tmp_path / str(n), silent) for n, r in enumerate((large, small)))
+    ours, theirs = losses_in(tmp_path / "0"), losses_in(tmp_path / "1")
+    assert ours.keys() == theirs.keys()
+    assert a.state.step == b.state.step
+
+
+def test_schedules_follow_the_paper():
+    def rates(steps=100, **changes):
+        schedule = schedule_of(OptimizerRecipe(learning_rate=1.0, **changes), steps)
+        return [float(schedule(step)) for step in range(steps)]
+
+    assert set(rates(schedule="constant")) == {1.0}
+    step = rates(schedule="step")
+    np.testing.assert_allclose([step[49], step[50], step[75]], [1.0, 10**-0.5, 0.1], rtol=1e-6)
+    cosine = rates(schedule="cosine", warmup=10)
+    assert cosine[0] == 0
+    assert cosine[10] == 1
+    assert 0.1 <= cosine[99] < 0.11
+    stable = rates(schedule="warmup_stable_decay", warmup=10, decay_share=0.2)
+    assert stable[79] == 1
+    assert stable[99] < 0.2
+    with pytest.raises(ConfigError, match="'linear'; expected constant"):
+        rates(schedule="linear")
+
+
+def test_the_vision_tower_learns_at_its_own_rate_and_vectors_do_not_decay():
+    params = {name: jnp.ones((2, 2)) for name in ("vision/a", "language/a")} | {"language/scale": jnp.ones(2)}
+    recipe = OptimizerRecipe(learning_rate=1.0, vision_multiplier=0.1, weight_decay=0.5, clip=1e9)
+    optimizer = optimizer_of(recipe, 10)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    np.testing.assert_allclose([updates[n].ravel()[0] for n in params], [-0.05, -0.5, 0.0], rtol=1e-6)
+
+
+def test_frozen_patterns_and_correction_biases_are_not_trained(recipe, tmp_path):
+    assert not is_trained("language/layers_1/mlp/gate/correction_bias", ())
+    assert not is_trained("vision/attn_pool/latent", ())
+    assert is_trained("vision/norm/scale", ("language/*",))
+    with pytest.raises(ConfigError, match="'langage/\\*', which fits no parameter"):
+        train(recipe("optimizer.frozen=['langage/*']"), tmp_path / "run", silent)
+
+
+def test_correction_biases_move_towards_an_even_load():
+    bias = {
+        "language/layers_10/mlp/gate/correction_bias": jnp.zeros(3),
+        "language/layers_2/mlp/gate/correction_bias": jnp.zeros(3),
+    }
+    moved = balanced(bias, jnp.asarray([[3.0, 0.0, 0.0], [1.0, 1.0, 4.0]]), 0.5)
+    np.testing.assert_array_equal(moved["language/layers_2/mlp/gate/correction_bias"], [-0.5, 0.5, 0.5])
+    np.testing.assert_array_equal(moved["language/layers_10/mlp/gate/correction_bias"], [0.5, 0.5, -0.5])

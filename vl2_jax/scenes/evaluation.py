@@ -1,0 +1,104 @@
+"""How well a model answers questions about scenes that it has not seen: exact answers, boxes, words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vl2_jax.api import VL2
+from vl2_jax.inference.generate import Answer
+from vl2_jax.processing.grounding import Box, parse_boxes
+from vl2_jax.progress import Report, silent
+from vl2_jax.scenes.conversations import scene_conversation
+
+HELD_OUT_SEED = 1_000_000
+_POINTING = ("locate", "grounded caption")
+_LONG = ("caption", "grounded caption")
+_IOU = 0.5
+_MAX_TOKENS = 200
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question in a conversation of its own, the right answer and the model's."""
+
+    skill: str
+    images: list[Any]
+    question: str
+    expected: str
+    answer: Answer
+
+    @property
+    def score(self) -> float:
+        """1 for the right text; for boxes the share that is found at IoU 0.5, over the more of both numbers."""
+        if self.skill not in _POINTING:
+            return float(self.answer.text.strip() == self.expected)
+        size = self.images[-1].size
+        return matched(parse_boxes(self.expected, *size), parse_boxes(self.answer.text, *size))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    skill: str
+    questions: int
+    score: float
+
+
+def questions(seed: int, count: int) -> Iterator[tuple[str, list[Any], str, str]]:
+    """(skill, pictures, question, answer) of `count` held-out conversations, every question asked by itself."""
+    for number in range(count):
+        conversation = scene_conversation((seed, number))
+        messages, images = conversation["messages"], conversation["messages"][0]["images"]
+        tags = "<image>\n" * len(images)
+        pairs = zip(messages[0::2], messages[1::2], conversation["skills"], strict=True)
+        for question, answer, skill in pairs:
+            yield skill, images, tags + question["content"].removeprefix(tags), answer["content"]
+
+
+def ask_all(
+    vl2: VL2, count: int = 100, seed: int = HELD_OUT_SEED, batch: int = 16, report: Report = silent
+) -> list[Asked]:
+    """Greedy answers to every question of `count` conversations, questions of like length together."""
+    asked = sorted(questions(seed, count), key=lambda q: (len(q[3]), q[0]))
+    found: list[Asked] = []
+    for begin in range(0, len(asked), batch):
+        report("asking", begin, len(asked))
+        part = asked[begin : begin + batch]
+        turns = [[{"role": "user", "content": text, "images": images}] for _, images, text, _ in part]
+        answers = vl2.generate(turns, max_tokens=_MAX_TOKENS)
+        found += [Asked(*question, answer) for question, answer in zip(part, answers, strict=True)]
+    return found
+
+
+def table(asked: Sequence[Asked]) -> list[Row]:
+    """A row a skill, then what the skills come to."""
+    groups: dict[str, list[Asked]] = {skill: [] for skill in sorted({a.skill for a in asked})}
+    for a in asked:
+        groups[a.skill].append(a)
+    groups["all short questions"] = [a for a in asked if a.skill not in (*_LONG, "locate")]
+    groups["all boxes"] = [a for a in asked if a.skill in _POINTING]
+    return [Row(skill, len(part), sum(a.score for a in part) / len(part)) for skill, part in groups.items() if part]
+
+
+def matched(expected: Sequence[Box], found: Sequence[Box]) -> float:
+    """Share of boxes that agree at IoU 0.5, each with one other at most."""
+    left = list(found)
+    hits = 0
+    for box in expected:
+        best = max(left, key=lambda other: iou(box, other), default=None)
+        if best is not None and iou(box, best) >= _IOU:
+            hits += 1
+            left.remove(best)
+    return hits / max(1, len(expected), len(found))
+
+
+def iou(a: Box, b: Box) -> float:
+    """Shared area / area of both together."""
+    across = min(a.x2, b.x2) - max(a.x1, b.x1)
+    down = min(a.y2, b.y2) - max(a.y1, b.y1)
+    shared = max(0, across) * max(0, down)
+    both = (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - shared
+    return shared / both if both > 0 else 0.0

@@ -1,0 +1,60 @@
+"""Documents laid one after another into rows of a fixed length.
+
+    row 0   | document 1 ........ | document 2 ..... | document 3 ... | . |     segments 1 1 1 2 2 2 3 3 0
+    row 1   | document 1 .................. | document 2 ........ | . . . |     positions start again in each
+
+Documents of a row never see each other, and each has the loss it has alone. A batch holds a fixed number of positions
+and of tiles, so that nothing recompiles; tiles are laid evenly over devices, whatever row they belong to.
+
+B rows, T positions, I tiles, S pixels along a tile's side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from vl2_jax.processing.batch import IGNORED, TEXT, Encoded
+from vl2_jax.processing.tiling import after_tiles
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedBatch:
+    """Packed rows. Padding positions have segment 0, label IGNORED, visual row TEXT."""
+
+    input_ids: np.ndarray  # int32 [B, T]
+    labels: np.ndarray  # int32 [B, T]; IGNORED at the first position of every document
+    segments: np.ndarray  # int32 [B, T], from 1; 0 is padding
+    positions: np.ndarray  # int32 [B, T], from 0 in every document
+    visual_index: np.ndarray  # int32 [B, T], row of the batch's visual table
+    tiles: np.ndarray  # uint8 [I, S, S, 3]
+
+
+def pack(rows: Sequence[Sequence[Encoded]], length: int, tiles: int, pad_id: int, tile_size: int) -> PackedBatch:
+    """A batch of `length` positions a row and `tiles` tiles.
+
+    Args:
+      rows: documents of every row; the caller has seen to it that they fit.
+    """
+    shape = (len(rows), length)
+    ids, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORED, np.int32)
+    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    visual = np.full(shape, TEXT, np.int32)
+    table = np.zeros((tiles, tile_size, tile_size, 3), np.uint8)
+    used = 0
+    for row, documents in enumerate(rows):
+        begin = 0
+        for number, document in enumerate(documents, 1):
+            part = slice(begin, begin + len(document))
+            ids[row, part], labels[row, part] = document.input_ids, document.labels
+            labels[row, begin] = IGNORED  # the document before must not be asked to predict it
+            segments[row, part], positions[row, part] = number, np.arange(len(document))
+            visual[row, part] = after_tiles(document.visual_index, used * document.tokens_per_tile)
+            table[used : used + len(document.tiles)] = document.tiles
+            used += len(document.tiles)
+            begin += len(document)
+    return PackedBatch(ids, labels, segments, positions, visual, table)
