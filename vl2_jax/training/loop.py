@@ -29,7 +29,7 @@ from vl2_jax.training.recipe import Recipe, build_recipe
 from vl2_jax.training.step import Metrics, TrainState, init_state, make_step
 
 _RECIPE_FILE, _CHECKPOINTS = "recipe.json", "checkpoints"
-_MAY_CHANGE = {"data.workers", "objective.loss_chunk", "objective.rematerialise"}
+_MAY_CHANGE = {"data.workers", "objective.loss_chunk"}
 
 
 class TrainingError(VL2Error):

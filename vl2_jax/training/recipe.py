@@ -89,14 +89,12 @@ class ObjectiveRecipe:
       bias_step: step of the correction bias of `noaux_tc` routers (SPEC 8.2), 0 leaves it.
       count_padding: let padding count in the balance loss, as the released code does.
       loss_chunk: positions whose logits are held at a time.
-      rematerialise: compute activations of a layer again in the backward pass instead of keeping them.
     """
 
     balance_loss: float | None = None
     bias_step: float = 0.0
     count_padding: bool = False
     loss_chunk: int = 512
-    rematerialise: bool = False
 
 
 @dataclass(frozen=True)
