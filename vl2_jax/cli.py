@@ -204,20 +204,22 @@ def train(
 
 
 @app.command(name="eval")
-def evaluate(model: str, count: int = 100, seed: int = 1_000_000, json: bool = False) -> None:
+def evaluate(model: str, count: int = 100, seed: int = 1_000_000, longest_side: int = 400, json: bool = False) -> None:
     """Ask a model about drawn scenes it has not seen, and print how often it is right.
 
     Args:
         model: Directory of a model, or a hub id.
         count: Conversations to draw; each holds about six questions, asked one by one.
         seed: Of the scenes.
+        longest_side: Of the pictures, in pixels.
         json: Print one object.
     """
+    from vl2_jax.scenes import SceneSizes
     from vl2_jax.scenes.evaluation import ask_all, table
 
     vl2, _ = _load(model, dtype="float32")
     with Display(_messages) as report:
-        rows = table(ask_all(vl2, count, seed, report=report))
+        rows = table(ask_all(vl2, count, seed, SceneSizes(longest_side=longest_side), report))
     if json:
         _print_json({row.skill: {"questions": row.questions, "score": row.score} for row in rows})
         return

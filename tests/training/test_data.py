@@ -16,15 +16,13 @@ from vl2_jax.training.formats import to_conversation
 from vl2_jax.training.objective import next_token_loss, token_losses
 from vl2_jax.training.packing import pack
 
-PIXELS = {"nano-tiny", "nano-small", "nano-base"}
-
 
 def documents(processor, data_file):
     lines = data_file.read_text().splitlines()
     return [processor.encode(to_conversation(json.loads(line), data_file.parent), inference=False) for line in lines]
 
 
-@pytest.mark.parametrize("model", sorted(PIXELS))
+@pytest.mark.parametrize("model", ["nano-tiny", "nano-small", "nano-base"])
 def test_a_packed_document_has_the_loss_it_has_alone(model, data_file):
     vl2 = vl2_jax.load(GOLDENS / model, dtype="float32")
     samples = documents(vl2.processor, data_file)
@@ -159,8 +157,35 @@ def test_wrong_data_settings_are_named(recipe, change, message):
         batches(recipe(change).data, vl2_jax.load(GOLDENS / "nano-base").processor)
 
 
-def test_mixtures_draw_by_weight(recipe):
-    both = "data.sources=[{scenes=1, weight=3, longest_side=112}, {scenes=2, weight=1, longest_side=112}]"
-    described = recipe(both, "data.sequence_length=1024", "data.tiles=200", "data.rows=40").data
-    batch = next(iter(batches(described, vl2_jax.load(GOLDENS / "nano-base").processor)))
-    assert batch.segments.max() >= 1
+def test_mixtures_draw_by_weight(recipe, tmp_path):
+    for name in ("often", "seldom"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": "?", "answer": name}) + "\n")
+    sources = ", ".join(f"{{path='{tmp_path}/{name}.jsonl', weight={n}}}" for name, n in (("often", 3), ("seldom", 1)))
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    batch = next(iter(batches(recipe(f"data.sources=[{sources}]", "data.rows=8").data, processor)))
+    text = processor.tokenizer.decode(batch.input_ids.ravel())
+    often, seldom = text.count("often"), text.count("seldom")
+    assert often + seldom > 100
+    assert abs(often / (often + seldom) - 0.75) < 0.03
+
+
+def test_scenes_are_a_source_like_any_other(recipe):
+    described = recipe("data.sources=[{scenes=1, sizes={longest_side=112, turns=2}}]", "data.tiles=40").data
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    first, second = (next(iter(batches(described, processor))) for _ in range(2))
+    np.testing.assert_array_equal(first.tiles, second.tiles)
+    assert first.segments.max() >= 1
+    assert (first.visual_index >= 0).any()
+
+
+def test_a_json_list_is_read_like_lines(recipe, data_file, tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text("[" + ",".join(data_file.read_text().splitlines()) + "]")
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    by_line, whole = (
+        next(iter(batches(recipe(f"data.sources=[{{path='{p}'}}]").data, processor))) for p in (data_file, path)
+    )
+    np.testing.assert_array_equal(by_line.input_ids, whole.input_ids)
+    path.write_text("[{]")
+    with pytest.raises(ConfigError, match="begins like a JSON list"):
+        batches(recipe(f"data.sources=[{{path='{path}'}}]").data, processor)

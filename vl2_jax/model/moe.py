@@ -107,22 +107,26 @@ def route(config: LanguageConfig, logits: Float[Array, "B T E"], bias: Float[Arr
 
 
 def balance_loss(
-    config: LanguageConfig, routing: Routing, counted: Bool[Array, "B T"] | None = None
+    config: LanguageConfig,
+    routing: Routing,
+    counted: Bool[Array, "B T"] | None = None,
+    weight: float | None = None,
 ) -> Float[Array, ""]:
     """The auxiliary loss that keeps experts evenly loaded (SPEC 5.6); no gradient flows through the counts.
 
     Args:
       counted: positions that count. The released code counts padding too, which is `None`.
+      weight: of the loss; `None` is the model's `aux_loss_alpha`.
     """
     experts, k = config.n_routed_experts, config.num_experts_per_tok
     assert experts is not None
     assert k is not None
     if counted is None:
         counted = jnp.ones(routing.scores.shape[:2], bool)
-    weight = counted.astype(jnp.float32)[..., None]
-    picks = jax.nn.one_hot(routing.expert_ids, experts).sum(axis=2) * weight
+    present = counted.astype(jnp.float32)[..., None]
+    picks = jax.nn.one_hot(routing.expert_ids, experts).sum(axis=2) * present
     axes = (1,) if config.seq_aux else (0, 1)
-    tokens = jnp.maximum(weight.sum(axis=axes), 1.0)
+    tokens = jnp.maximum(present.sum(axis=axes), 1.0)
     load = jax.lax.stop_gradient(picks.sum(axis=axes) * experts / (tokens * k))
-    mean_score = (routing.scores * weight).sum(axis=axes) / tokens
-    return config.aux_loss_alpha * jnp.mean(jnp.sum(load * mean_score, axis=-1))
+    mean_score = (routing.scores * present).sum(axis=axes) / tokens
+    return (config.aux_loss_alpha if weight is None else weight) * jnp.mean(jnp.sum(load * mean_score, axis=-1))

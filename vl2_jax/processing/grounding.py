@@ -24,6 +24,7 @@ COLOURS = (
 )  # fmt: skip
 _FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "simsun.ttc", "DejaVuSans.ttf")
 _FONT_SIZE = 20
+_LARGEST = 999  # coordinate: the right or the lower edge of the picture
 _LINE_WIDTH = 3
 
 
@@ -51,11 +52,20 @@ def parse_boxes(text: str, width: int, height: int) -> list[Box]:
     for label, box_list in zip(labels, lists, strict=True):
         inside = _TAG.sub("", box_list).strip()[1:-1]
         for match in _BOX.finditer(inside):
-            x1, y1, x2, y2 = (float(number) / 999 for number in match.groups())
+            x1, y1, x2, y2 = (float(number) / _LARGEST for number in match.groups())
             box = Box(_TAG.sub("", label).strip(), *map(int, (x1 * width, y1 * height, x2 * width, y2 * height)))
             if box.x1 <= box.x2 and box.y1 <= box.y2:
                 boxes.append(box)
     return boxes
+
+
+def write_boxes(boxes: Sequence[Sequence[float]], width: float, height: float) -> str:
+    """`<|det|>[[x1, y1, x2, y2], ...]<|/det|>` of rectangles in a picture of that size; what `parse_boxes` reads."""
+    rows = [
+        [min(_LARGEST, max(0, round(value / whole * _LARGEST))) for value, whole in zip(box, (width, height) * 2)]
+        for box in boxes
+    ]
+    return f"<|det|>{rows}<|/det|>"
 
 
 def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:

@@ -3,6 +3,6 @@
 `scene_conversation(seed)` is a pure function: the same number gives the same picture and the same questions anywhere.
 """
 
-from vl2_jax.scenes.conversations import SceneSource, scene_conversation
+from vl2_jax.scenes.conversations import SceneSizes, SceneSource, scene_conversation
 
-__all__ = ["SceneSource", "scene_conversation"]
+__all__ = ["SceneSizes", "SceneSource", "scene_conversation"]

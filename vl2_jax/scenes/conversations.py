@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vl2_jax.processing.conversation import IMAGE_TAG
+from vl2_jax.processing.grounding import write_boxes
 from vl2_jax.scenes.drawing import COLOURS, SHAPES, Scene, Thing, render, sample_scene
 
 _TWO_PICTURES = 0.12  # share of conversations about two pictures
@@ -28,40 +29,48 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class SceneSizes:
+    """How much a conversation about scenes may hold.
+
+    Attributes:
+      turns: most questions.
+      most_shapes: of a scene.
+      longest_side: of a picture, in pixels.
+    """
+
+    turns: int = 6
+    most_shapes: int = 5
+    longest_side: int = 400
+
+
+@dataclass(frozen=True)
 class SceneSource:
     """Conversations by number, for as long as one likes; a random-access data source.
 
     Attributes:
       seed: of the whole source; another seed holds other pictures.
       length: number of conversations.
-      turns: most questions a conversation.
-      most_shapes, longest_side: of a scene.
     """
 
     seed: int
+    sizes: SceneSizes = SceneSizes()
     length: int = 1 << 30
-    turns: int = 6
-    most_shapes: int = 5
-    longest_side: int = 400
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return scene_conversation(
-            (self.seed, int(index)), turns=self.turns, most_shapes=self.most_shapes, longest_side=self.longest_side
-        )
+        where = f"scene {index} of seed {self.seed}"
+        return {"where": where} | scene_conversation((self.seed, int(index)), self.sizes)
 
 
-def scene_conversation(
-    seed: int | Sequence[int], *, turns: int = 6, most_shapes: int = 5, longest_side: int = 400
-) -> dict[str, Any]:
+def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes()) -> dict[str, Any]:
     """`{"messages": [...], "skills": [...]}`: pictures, questions and answers, one skill a question."""
     random = np.random.default_rng(seed)
     pictures = 2 if random.random() < _TWO_PICTURES else 1
-    scenes = [sample_scene(random, most_shapes, longest_side) for _ in range(pictures)]
+    scenes = [sample_scene(random, sizes.most_shapes, sizes.longest_side) for _ in range(pictures)]
     asked = two_picture_turns(random, scenes[0], scenes[1]) if pictures == 2 else turns_about(random, scenes[0])
-    chosen = _spread(random, asked, turns)
+    chosen = _spread(random, asked, sizes.turns)
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(chosen):
         question: dict[str, Any] = {"role": "user", "content": turn.question, "images": []}
@@ -118,16 +127,9 @@ def describe(scene: Scene, grounded: bool = False) -> str:
 
 
 def boxes(scene: Scene, things: Sequence[Thing]) -> str:
-    """`<|det|>[[x1, y1, x2, y2], ...]<|/det|>`, from left to right."""
-
-    def scaled(value: int, whole: int) -> int:
-        return min(999, round(value / whole * 999))
-
-    rows = [
-        [scaled(value, whole) for value, whole in zip(thing.box, (scene.width, scene.height) * 2)]
-        for thing in sorted(things, key=lambda thing: thing.centre)
-    ]
-    return f"<|det|>{rows}<|/det|>"
+    """Where things are, from left to right, as the model writes it."""
+    ordered = sorted(things, key=lambda thing: thing.centre)
+    return write_boxes([thing.box for thing in ordered], scene.width, scene.height)
 
 
 def plural(kind: str) -> str:

@@ -8,15 +8,16 @@ from typing import Any
 
 from vl2_jax.api import VL2
 from vl2_jax.inference.generate import Answer
+from vl2_jax.processing.conversation import IMAGE_TAG
 from vl2_jax.processing.grounding import Box, parse_boxes
 from vl2_jax.progress import Report, silent
-from vl2_jax.scenes.conversations import scene_conversation
+from vl2_jax.scenes.conversations import SceneSizes, scene_conversation
 
-HELD_OUT_SEED = 1_000_000
 _POINTING = ("locate", "grounded caption")
 _LONG = ("caption", "grounded caption")
 _IOU = 0.5
 _MAX_TOKENS = 200
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,24 @@ class Row:
     score: float
 
 
-def questions(seed: int, count: int) -> Iterator[tuple[str, list[Any], str, str]]:
+def questions(seed: int, count: int, sizes: SceneSizes) -> Iterator[tuple[str, list[Any], str, str]]:
     """(skill, pictures, question, answer) of `count` held-out conversations, every question asked by itself."""
     for number in range(count):
-        conversation = scene_conversation((seed, number))
+        conversation = scene_conversation((seed, number), sizes)
         messages, images = conversation["messages"], conversation["messages"][0]["images"]
-        tags = "<image>\n" * len(images)
+        tags = f"{IMAGE_TAG}\n" * len(images)
         pairs = zip(messages[0::2], messages[1::2], conversation["skills"], strict=True)
         for question, answer, skill in pairs:
             yield skill, images, tags + question["content"].removeprefix(tags), answer["content"]
 
 
-def ask_all(
-    vl2: VL2, count: int = 100, seed: int = HELD_OUT_SEED, batch: int = 16, report: Report = silent
-) -> list[Asked]:
+def ask_all(vl2: VL2, count: int, seed: int, sizes: SceneSizes, report: Report = silent) -> list[Asked]:
     """Greedy answers to every question of `count` conversations, questions of like length together."""
-    asked = sorted(questions(seed, count), key=lambda q: (len(q[3]), q[0]))
+    asked = sorted(questions(seed, count, sizes), key=lambda q: (len(q[3]), q[0]))
     found: list[Asked] = []
-    for begin in range(0, len(asked), batch):
+    for begin in range(0, len(asked), _BATCH):
         report("asking", begin, len(asked))
-        part = asked[begin : begin + batch]
+        part = asked[begin : begin + _BATCH]
         turns = [[{"role": "user", "content": text, "images": images}] for _, images, text, _ in part]
         answers = vl2.generate(turns, max_tokens=_MAX_TOKENS)
         found += [Asked(*question, answer) for question, answer in zip(part, answers, strict=True)]

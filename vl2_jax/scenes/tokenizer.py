@@ -18,11 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from convert.random_checkpoint import write_small_files
 from vl2_jax.config import read_preset
-from vl2_jax.scenes.conversations import scene_conversation
+from vl2_jax.scenes.conversations import SceneSizes, scene_conversation
 
 _PIECES = r" ?\p{Lu}?\p{Ll}+|\p{N}|, |[^\s\p{L}\p{N}]+|\p{L}|\s"
 _PRINTED = re.compile(r"\b[A-Z]{2,}\b")
-_CONVERSATIONS, _SEED = 4000, 7
+_CONVERSATIONS, _SEED, _SIZES = 4000, 7, SceneSizes(turns=20, longest_side=112)
 
 
 def learn(first_special: int) -> dict:
@@ -40,10 +40,12 @@ def learn(first_special: int) -> dict:
 
 def _texts() -> Iterator[str]:
     for number in range(_CONVERSATIONS):
-        for message in scene_conversation((_SEED, number), turns=20, longest_side=112)["messages"]:
+        for message in scene_conversation((_SEED, number), _SIZES)["messages"]:
             yield _PRINTED.sub("", message["content"].replace("<image>\n", ""))
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     tables = read_preset("vl2-nano")
     write_small_files(tables, Path(sys.argv[1]), learn(min(tables["tokens"].values())))

@@ -36,25 +36,30 @@ class BadSample:
     reason: str
 
 
-@dataclass(frozen=True)
 class JsonSource:
-    """Records of a JSONL file, or of a JSON file that holds a list, by number."""
+    """Records of a JSONL file, read when asked for, or of a JSON file that holds a list, by number."""
 
-    path: Path
-
-    def __post_init__(self) -> None:
-        if not self.path.is_file():
-            raise ConfigError(f"there is no data file {str(self.path)!r}.")
-        object.__setattr__(self, "_lines", _line_starts(self.path))
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise ConfigError(f"there is no data file {str(path)!r}.")
+        self._path = path
+        self._list = _whole_list(path)
+        self._lines = [] if self._list else _lines_of(path)
+        if not self._list and not self._lines:
+            raise ConfigError(f"{path} holds no record.")
 
     def __len__(self) -> int:
-        return len(self._lines)  # type: ignore[attr-defined]
+        return len(self._list or self._lines)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, begin, end = self._lines[index]  # type: ignore[attr-defined]
-        with self.path.open("rb") as stream:
-            stream.seek(begin)
-            return {"where": f"{self.path}:{number}", "line": stream.read(end - begin), "folder": self.path.parent}
+        if self._list:
+            where, record = f"{self._path}, record {index + 1}", self._list[index]
+        else:
+            number, begin, end = self._lines[index]
+            with self._path.open("rb") as stream:
+                stream.seek(begin)
+                where, record = f"{self._path}:{number}", stream.read(end - begin)
+        return {"where": where, "record": record, "folder": self._path.parent}
 
 
 class Encoder:
@@ -64,12 +69,13 @@ class Encoder:
         self._processor, self._most_positions, self._most_tiles = processor, most_positions, most_tiles
 
     def __call__(self, record: dict[str, Any]) -> Encoded | BadSample:
-        where = record.get("where", "a scene")
+        where = record["where"]
         try:
-            if "line" in record:
-                messages = to_conversation(json.loads(record["line"]), Path(record["folder"]))
-            else:
-                messages = record["messages"]
+            messages = record.get("messages")  # of a scene
+            if messages is None:
+                content = record["record"]
+                content = json.loads(content) if isinstance(content, bytes) else content
+                messages = to_conversation(content, record["folder"])
             encoded = self._processor.encode(messages, inference=False)
         except (VL2Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             return BadSample(where, str(error))
@@ -184,25 +190,28 @@ def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.Map
     if (source.path is None) == (source.scenes is None):
         raise ConfigError(f"data source {number} must have either a path or scenes.")
     if source.scenes is not None:
-        scenes = SceneSource(
-            source.scenes, turns=source.turns, most_shapes=source.most_shapes, longest_side=source.longest_side
-        )
-        return grain.MapDataset.source(scenes)
+        return grain.MapDataset.source(SceneSource(source.scenes, source.sizes))
     records = JsonSource(Path(source.path or ""))
     return grain.MapDataset.source(records).shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
 
 
-def _line_starts(path: Path) -> list[tuple[int, int, int]]:
-    """(line number, begin, end) of every record."""
+def _whole_list(path: Path) -> list[Any]:
+    """The records of a JSON list; nothing if the file holds a record a line."""
     with path.open("rb") as stream:
-        if stream.read(1).strip() == b"[" and path.suffix == ".json":
-            raise ConfigError(f"{path} holds one JSON list; write one record a line: `jq -c '.[]' {path} > {path}l`.")
-        stream.seek(0)
-        starts, begin = [], 0
+        if stream.read(64).lstrip()[:1] != b"[":
+            return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} begins like a JSON list and is not one: {error}.") from None
+
+
+def _lines_of(path: Path) -> list[tuple[int, int, int]]:
+    """(line number, begin, end) of every line that is not empty."""
+    lines, begin = [], 0
+    with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if line.strip():
-                starts.append((number, begin, begin + len(line)))
+                lines.append((number, begin, begin + len(line)))
             begin += len(line)
-    if not starts:
-        raise ConfigError(f"{path} holds no record.")
-    return starts
+    return lines

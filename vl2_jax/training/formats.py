@@ -19,6 +19,7 @@ from typing import Any
 
 from vl2_jax.errors import ConversationError
 from vl2_jax.processing.conversation import IMAGE_TAG
+from vl2_jax.processing.grounding import write_boxes
 from vl2_jax.processing.images import load_image
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -121,9 +122,8 @@ def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[
             return f"<|ref|>{refs[number]}<|/ref|>"
         if of_picture[number] >= len(pictures):
             raise ConversationError(f"a box belongs to picture {of_picture[number]}, but there are {len(pictures)}.")
-        width, height = (1, 1) if is_relative else load_image(pictures[of_picture[number]]).size
-        scaled = [min(999, max(0, round(v / whole * 999))) for v, whole in zip(rows[number], (width, height) * 2)]
-        return f"<|det|>[{scaled}]<|/det|>"
+        size = (1, 1) if is_relative else load_image(pictures[of_picture[number]]).size
+        return write_boxes([rows[number]], *size)
 
     for message in messages:
         message["content"] = _PLACEHOLDER.sub(replaced, message["content"])

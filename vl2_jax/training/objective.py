@@ -96,9 +96,8 @@ def losses(
     out = apply(model, params, batch.input_ids, segments, batch.visual_index, batch.tiles, positions, method="hidden")
     present = segments > 0
     config = model.config.language_config
-    weight = 1.0 if balance_weight is None else balance_weight / (config.aux_loss_alpha or 1.0)
     counted = None if count_padding else present
-    balance = [balance_loss(config, routing, counted) * weight for routing in out.routings]
+    balance = [balance_loss(config, routing, counted, balance_weight) for routing in out.routings]
     load = [expert_load(routing, config.n_routed_experts or 0, present) for routing in out.routings]
     if targets is None:
         targets = jnp.maximum((labels[:, 1:] != IGNORED).sum(), 1)

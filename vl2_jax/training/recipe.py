@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from vl2_jax.errors import ConfigError
+from vl2_jax.scenes import SceneSizes
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,16 @@ class SourceRecipe:
     """One set of conversations.
 
     Attributes:
-      path: a JSONL or JSON file (see `training.formats`); or
+      path: a JSONL file, or a JSON file that holds a list (see `training.formats`); or
       scenes: seed of drawn scenes (see `vl2_jax.scenes`).
       weight: how often it is drawn from, relative to the others.
-      turns, most_shapes, longest_side: of scenes.
+      sizes: of scenes.
     """
 
     path: str | None = None
     scenes: int | None = None
     weight: float = 1.0
-    turns: int = 6
-    most_shapes: int = 5
-    longest_side: int = 400
+    sizes: SceneSizes = SceneSizes()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""Drawn scenes are the same everywhere, and every question about one has the answer that the picture gives."""
+
+import numpy as np
+import pytest
+
+from vl2_jax.processing.grounding import Box, parse_boxes, write_boxes
+from vl2_jax.scenes import SceneSizes, SceneSource, scene_conversation
+from vl2_jax.scenes.conversations import describe, refer, turns_about
+from vl2_jax.scenes.drawing import COLOURS, Scene, Thing, render, sample_scene
+from vl2_jax.scenes.evaluation import iou, matched
+
+WHITE = (255, 255, 255)
+
+
+def test_a_number_gives_the_same_conversation_again():
+    first, second = (SceneSource(5)[17] for _ in range(2))
+    texts = [[message["content"] for message in conversation["messages"]] for conversation in (first, second)]
+    assert texts[0] == texts[1]
+    for a, b in zip(first["messages"][0]["images"], second["messages"][0]["images"], strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert texts[0] != [message["content"] for message in SceneSource(6)[17]["messages"]]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_things_stand_inside_of_the_picture_where_their_boxes_say(seed):
+    scene = sample_scene(np.random.default_rng(seed), 5, 400)
+    pixels = np.asarray(render(scene)).astype(int)
+    assert 1 <= len(scene.things) <= 7
+    for thing in scene.things:
+        x1, y1, x2, y2 = thing.box
+        assert 0 <= x1 < x2 <= scene.width
+        assert 0 <= y1 < y2 <= scene.height
+        inside = pixels[y1 : y2 + 1, x1 : x2 + 1]
+        assert (np.abs(inside - COLOURS[thing.colour]).max(axis=-1) < 30).any()
+
+
+def test_names_fit_one_thing_only():
+    red, blue = (Thing("circle", colour, (0, 0, 9, 9), "small") for colour in ("red", "blue"))
+    scene = Scene(100, 100, WHITE, (red, blue))
+    random = np.random.default_rng(0)
+    assert {refer(random, scene, red) for _ in range(50)} == {"the red circle", "the small red circle"}
+    assert refer(random, Scene(100, 100, WHITE, (red, red)), red) is None
+
+
+def test_descriptions_go_from_left_to_right():
+    star = Thing("star", "blue", (60, 10, 80, 30), "small")
+    word = Thing("word", "green", (5, 40, 30, 50), text="HOTEL", font_size=12)
+    scene = Scene(100, 100, WHITE, (star, word))
+    assert describe(scene) == "The word HOTEL in green and a small blue star."
+    assert {turn.answer for turn in turns_about(np.random.default_rng(0), scene) if turn.skill == "read"} == {"HOTEL"}
+
+
+def test_boxes_that_are_written_are_read_back():
+    (box,) = parse_boxes("<|ref|>it<|/ref|>" + write_boxes([(10, 20, 200, 133)], 400, 133), 400, 133)
+    assert iou(box, Box("it", 10, 20, 200, 133)) > 0.97
+
+
+def test_overlap_counts_each_box_once():
+    a, b = Box("a", 0, 0, 10, 10), Box("b", 0, 5, 10, 15)
+    assert iou(a, b) == pytest.approx(50 / 150)
+    assert iou(a, a) == 1
+    assert matched([a, a], [a]) == 0.5
+    assert matched([a], [a, b]) == 0.5
+    assert matched([a], []) == 0
+
+
+def test_a_conversation_holds_what_was_asked_for():
+    for number in range(20):
+        conversation = scene_conversation(number, SceneSizes(turns=3, longest_side=112))
+        assert len(conversation["skills"]) == len(conversation["messages"]) // 2 <= 3
+        assert all(max(image.size) <= 112 for image in conversation["messages"][0]["images"])
