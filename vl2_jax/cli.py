@@ -18,7 +18,7 @@ import tyro
 from rich.console import Console
 
 from vl2_jax.config import preset_names, read_config
-from vl2_jax.errors import CheckpointError, ImageError, VerificationError, VL2Error
+from vl2_jax.errors import CheckpointError, ImageError, RequestError, VerificationError, VL2Error
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
@@ -166,7 +166,7 @@ def export(
         dtype: Of a training run's weights: bfloat16 or float32; by default that of its configuration.
     """
     if (source / "checkpoints").is_dir():
-        step = _training().export_run(source, destination, _messages.print, dtype)
+        step = _training().export_run(source, destination, _tell, dtype)
         _messages.print(f"exported step {step} of {source} to {destination}")
         return
     if dtype is not None:
@@ -195,12 +195,12 @@ def train(
 
     loop = _training()
     described = read_recipe(recipe, set)
-    run = loop.train(described, out, _messages.print)
+    run = loop.train(described, out, _tell)
     if int(run.state.step) >= described.loop.steps:
         model = out / "model"
         shutil.rmtree(model, ignore_errors=True)
-        loop.export_run(out, model, _messages.print)
-        _messages.print(f"the trained model is in {model}: vl2 generate --model {model} ...")
+        loop.export_run(out, model, _tell)
+        _tell(f"the trained model is in {model}: vl2 generate --model {model} ...")
 
 
 @app.command(name="eval")
@@ -217,6 +217,8 @@ def evaluate(model: str, count: int = 100, seed: int = 1_000_000, longest_side: 
     from vl2_jax.scenes import SceneSizes
     from vl2_jax.scenes.evaluation import ask_all, table
 
+    if count < 1:
+        raise RequestError(f"--count is {count}; expected at least 1.")
     vl2, _ = _load(model, dtype="float32")
     with Display(_messages) as report:
         rows = table(ask_all(vl2, count, seed, SceneSizes(longest_side=longest_side), report))
@@ -319,6 +321,10 @@ def describe(config: Any) -> dict[str, Any]:
         "attention": "latent (MLA)" if language.use_mla else "multi-head",
         "router": f"{language.scoring_func}, {language.topk_method}",
     }
+
+
+def _tell(line: str) -> None:
+    _messages.print(line, soft_wrap=True, markup=False)
 
 
 def _training() -> Any:
