@@ -32,8 +32,8 @@ class Placement(NamedTuple):
 
     positions: Int[Array, "B T"]
     mask: Bool[Array, "B T S"]
-    documents: Int[Array, "B T"] | None  # of a packed batch without a cache: see `attend_packed`
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
+    documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `attend_packed`
 
 
 class LatentAttention(nn.Module):
@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
         cache: LayerCache | None = None,
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config, (positions, mask, documents, tables) = self.config, placement
+        config, (positions, mask, tables, documents) = self.config, placement
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         rank, value_dim = config.kv_lora_rank, config.v_head_dim
         assert rank is not None
@@ -136,7 +136,7 @@ class MultiHeadAttention(nn.Module):
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         del absorbed  # there is one form only
-        config, (positions, mask, documents, tables) = self.config, placement
+        config, (positions, mask, tables, documents) = self.config, placement
         heads = config.num_attention_heads
         init = nn.initializers.normal(config.initializer_range)
 

@@ -68,7 +68,7 @@ class Decoder(nn.Module):
           packed: padding gives nothing that is used, so it need not attend as released.
         """
         mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
-        placement = Placement(positions, mask, segments if packed else None, rotary_tables(self.config, positions))
+        placement = Placement(positions, mask, rotary_tables(self.config, positions), segments if packed else None)
         new_cache, routings = [], []
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
