@@ -70,6 +70,7 @@ def wide_reference(x, gate, up, down, ids, weights):
     return expert_ffn(*(a.astype(jnp.float32) for a in (x, gate, up, down)), ids, weights, implementation="reference")
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(
     st.integers(0, 1000),

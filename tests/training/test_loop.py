@@ -88,6 +88,7 @@ def test_the_trained_model_loads_back_with_the_same_logits(whole_run, tmp_path):
     np.testing.assert_array_equal(trained.logits(batch), before.logits(batch))
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
     path, folder, _ = whole_run
     command = [sys.executable, "-m", "vl2_jax.cli", "train", str(path), "--out", str(tmp_path / "run")]
