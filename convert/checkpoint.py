@@ -23,6 +23,7 @@ import xxhash
 from convert.safetensors_files import SUFFIX, header_size
 from convert.weight_map import Leaf, unflatten
 from vl2_jax.errors import CheckpointError
+from vl2_jax.files import is_remote, size_of
 from vl2_jax.progress import Report, silent
 
 MANIFEST_FILE = "manifest.json"
@@ -104,12 +105,20 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
         path = directory / name
         if not path.is_file():
             problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry["size"]:
-            problems.append(f"{name} has {path.stat().st_size} bytes, expected {entry['size']}")
+        elif size_of(path) != entry["size"]:
+            problems.append(f"{name} has {size_of(path)} bytes, expected {entry['size']}")
         elif _checksum_around_tensors(path) != entry["xxh3"]:
             problems.append(f"{name} is damaged (its checksum does not match)")
     if problems:
         raise CheckpointError(listing(f"{directory} was damaged", problems))
+
+
+def check_tensor(manifest: Mapping[str, Any], name: str, array: np.ndarray, where: Path) -> None:
+    """Raises CheckpointError if an array is not the one that the manifest vouches for."""
+    if checksum(array) != manifest["tensors"].get(name, {}).get("xxh3"):
+        raise CheckpointError(
+            f"{name} of {where} is damaged (its checksum does not match); convert, export or download the model again."
+        )
 
 
 def describe(array: np.ndarray) -> dict[str, Any]:
@@ -131,7 +140,8 @@ def read_pieces(directory: Path, leaves: list[Leaf], verify: bool, report: Repor
     if manifest is not None:
         check_files(directory, manifest)
     ocp = orbax()
-    root = str((directory / PARAMS_FOLDER).absolute())
+    folder = directory / PARAMS_FOLDER
+    root = str(folder if is_remote(folder) else folder.absolute())
     total, done = sum(int(np.prod(leaf.shape)) for leaf in leaves), 0
     for group in pieces(leaves):
         wanted = unflatten({leaf.path: np.ndarray for leaf in group})
@@ -150,10 +160,8 @@ def read_pieces(directory: Path, leaves: list[Leaf], verify: bool, report: Repor
                     f"{leaf.path} has shape {list(array.shape)}, expected {list(leaf.shape)}; "
                     f"config.json and the parameters of {directory} do not belong together."
                 )
-            if manifest is not None and checksum(array) != manifest["tensors"].get(leaf.path, {}).get("xxh3"):
-                raise CheckpointError(
-                    f"{leaf.path} of {directory} is damaged (its checksum does not match); convert the model again."
-                )
+            if manifest is not None:
+                check_tensor(manifest, leaf.path, array, directory)
             done += array.size
         report("reading weights", done, total)
         yield arrays
@@ -209,7 +217,7 @@ def _holds_tensor(path: Path) -> bool:
 
 def _checksum_around_tensors(path: Path) -> str:
     """Checksum of what a file holds besides tensors: all of it, a safetensors header, or nothing of an Orbax chunk."""
-    left = path.stat().st_size
+    left = size_of(path)
     if path.suffix == SUFFIX:
         left = min(left, header_size(path))
     elif _holds_tensor(path):
@@ -241,11 +249,17 @@ def orbax() -> Any:
     return v1
 
 
+def partial_loading() -> Any:
+    """A context in which some arrays of a tree may be loaded without the others."""
+    context = orbax().Context()
+    context.pytree.loading.partial_load = True
+    return context
+
+
 def _context() -> Any:
     """Raw bytes, one folder a parameter: what is on disk is what the manifest's checksums are of."""
-    context = orbax().Context()
+    context = partial_loading()
     saving = context.array.saving
     saving.use_ocdbt = saving.use_zarr3 = saving.use_compression = False
     context.memory.deepcopy_host_arrays = False
-    context.pytree.loading.partial_load = True
     return context

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 from convert.checkpoint import (
     MANIFEST_FILE,
     check_files,
-    checksum,
+    check_tensor,
     describe,
     dtype_of,
     finish,
@@ -101,8 +100,7 @@ def read_pieces(
             tensors = [entries[key].read() for key in leaf.keys]
             if manifest is not None:
                 for key, tensor in zip(leaf.keys, tensors):
-                    if checksum(tensor) != manifest["tensors"].get(key, {}).get("xxh3"):
-                        raise CheckpointError(f"{key} in {entries[key].file} is damaged; export or download it again.")
+                    check_tensor(manifest, key, tensor, entries[key].file)
             kept = tensors[0].dtype if dtype is None or leaf.path.endswith(CORRECTION_BIAS) else dtype
             arrays[leaf.path] = leaf.assemble(tensors, kept)
             done += sum(entries[key].size for key in leaf.keys)
@@ -115,4 +113,4 @@ def copy_small_files(source: Path, destination: Path) -> None:
     for path in sorted(source.iterdir()):
         is_small = path.suffix in _KEPT_SUFFIXES or path.name in _KEPT_NAMES
         if path.is_file() and is_small and path.name != MANIFEST_FILE:
-            shutil.copyfile(path, destination / path.name)
+            (destination / path.name).write_bytes(path.read_bytes())

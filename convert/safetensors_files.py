@@ -16,6 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vl2_jax.files import read_range, size_of
+
 INDEX_FILE = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
 _DTYPES: dict[str, np.dtype] = {
@@ -38,11 +40,10 @@ class TensorEntry:
     size: int
 
     def read(self) -> np.ndarray:
-        """The tensor, mapped from the file: its pages come in as they are used and can be dropped again."""
+        """The tensor; of a local file it is mapped, and its pages can be dropped again."""
         if self.size == 0:
             return np.zeros(self.shape, self.dtype)
-        raw = np.memmap(self.file, np.uint8, "r", self.offset, self.size)
-        return np.asarray(raw).view(self.dtype).reshape(self.shape)
+        return read_range(self.file, self.offset, self.size).view(self.dtype).reshape(self.shape)
 
 
 def scan(directory: Path) -> tuple[dict[str, TensorEntry], list[str]]:
@@ -75,7 +76,7 @@ def header_size(file: Path) -> int:
 
 
 def _scan_file(file: Path) -> tuple[dict[str, TensorEntry], list[str]]:
-    size = file.stat().st_size
+    size = size_of(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _LARGEST_HEADER):

@@ -11,21 +11,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from convert.adapters import Adapters, merge, read_adapters
 from convert.checkpoint import dtype_of, is_converted
 from convert.checkpoint import read_pieces as read_converted
 from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
-from convert.weight_map import Leaf, plan, unflatten
+from convert.weight_map import Leaf, flatten, plan, unflatten
 from vl2_jax.config import CONFIG_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError
+from vl2_jax.files import is_remote, path_of
 from vl2_jax.inference.generate import Answer, Generator, Memory, bucket, matmul_precision
 from vl2_jax.inference.sampling import SamplingOptions
+from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.progress import Report, silent
+from vl2_jax.sharding.layout import Dispatch, MeshLayout
+from vl2_jax.sharding.loading import load_sharded
+from vl2_jax.sharding.mesh import make_mesh
+from vl2_jax.sharding.rules import abstract_sharded_params
+
+SHIPPED = "vl2-nano"  # the small model in vl2_jax/nano, trained by this project on pictures that it draws
 
 
 def load(
@@ -34,6 +44,9 @@ def load(
     dtype: str | None = None,
     verify: bool = True,
     chunk_size: int = 512,
+    mesh: str | Mesh | None = None,
+    dispatch: Dispatch = "ring",
+    adapters: str | Path | None = None,
     report: Report = silent,
 ) -> VL2:
     """A model from a released or a converted directory, or by its hub id.
@@ -43,15 +56,26 @@ def load(
       dtype: "bfloat16" or "float32", of weights and computation; `None` is `fastest_dtype`.
       verify: compare every byte with the checkpoint's manifest; damage is reported by name.
       chunk_size: prompt positions that are computed at a time.
+      mesh: devices to spread the model over: "auto", "expert=4,tensor=2" (see `sharding.mesh`), a mesh with those axes,
+        or `None` for one device.
+      dispatch: how tokens reach their experts on a mesh, see `sharding.layout`.
+      adapters: a directory of low-rank adapters in PEFT's layout, which are merged into the weights.
       report: called with (phase, done, total) as loading goes on.
 
     Raises:
-      ConfigError, CheckpointError: see their messages.
+      ConfigError, CheckpointError, MeshError: see their messages.
     """
     directory = find_model(model)
     config = read_config(directory)
     leaves = plan(config)
     wanted = dtype_of(dtype or fastest_dtype(config, leaves))
+    added = None if adapters is None else read_adapters(adapters, leaves)  # before minutes are spent on the weights
+    if mesh is not None:
+        layout = MeshLayout(make_mesh(mesh, config) if isinstance(mesh, str) else mesh, dispatch)
+        abstract = abstract_sharded_params(config, layout.mesh, wanted)
+        params = load_sharded(directory, leaves, abstract, verify, report)
+        params = _with_adapters(params, added)
+        return VL2(config, params, Processor.from_directory(directory, config), jnp.dtype(wanted), chunk_size, layout)
     if is_converted(directory):
         pieces = read_converted(directory, leaves, verify, report)
     else:
@@ -61,8 +85,13 @@ def load(
         for path, array in piece.items():
             kept = np.float32 if path.endswith(CORRECTION_BIAS) else wanted
             flat[path] = jnp.asarray(array.astype(kept, copy=False))
-    processor = Processor.from_directory(directory, config)
-    return VL2(config, unflatten(flat), processor, jnp.dtype(wanted), chunk_size)
+    processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
+    params = _with_adapters(unflatten(flat), added)
+    return VL2(config, params, processor, jnp.dtype(wanted), chunk_size)
+
+
+def _with_adapters(params: Params, adapters: Adapters | None) -> Params:
+    return params if adapters is None else unflatten(merge(flatten(params), adapters, in_place=True))
 
 
 def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
@@ -78,19 +107,27 @@ def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
 
 
 def find_model(model: str | Path) -> Path:
-    """The local directory of a model; a hub id is downloaded.
+    """The directory of a model: here, on a bucket (`gs://bucket/model`), or "vl2-nano", which comes with the project.
+
+    A hub id is downloaded.
 
     Raises:
       CheckpointError: there is no such directory, and the hub has no such model or cannot be reached.
     """
-    directory = Path(model).expanduser()
+    directory = path_of(model)
+    if is_remote(directory):
+        return _on_bucket(directory)
     if directory.is_dir():
         if not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
         return directory
     name = str(model)
+    if name == SHIPPED:
+        return Path(__file__).with_name("nano")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no directory {name!r}; give a model's directory or a hub id 'owner/name'.")
+        raise CheckpointError(
+            f"there is no directory {name!r}; give a model's directory, a hub id 'owner/name' or {SHIPPED}."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -102,6 +139,20 @@ def find_model(model: str | Path) -> Path:
             f"{name!r} is not a directory here and could not be downloaded ({reason}); "
             "check the name and the connection."
         ) from None
+
+
+def _on_bucket(directory: Path) -> Path:
+    try:
+        found = (directory / CONFIG_FILE).is_file()
+    except ImportError as error:
+        raise CheckpointError(
+            f"reading {directory} needs another package ({error}): pip install 'vl2-jax[gcs]'"
+        ) from None
+    except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
+        raise CheckpointError(f"{directory} cannot be read ({error}); check its name and your credentials.") from None
+    if not found:
+        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
+    return directory
 
 
 class VL2:
@@ -120,13 +171,13 @@ class VL2:
         processor: Processor,
         dtype: Any = jnp.float32,
         chunk_size: int = 512,
+        layout: Layout = ONE_DEVICE,
     ):
         self.config = config
         self.params = params
         self.processor = processor
-        self.model = VL2Model(
-            config, dtype, dtype, pixel_mean=processor.config.image_mean, pixel_std=processor.config.image_std
-        )
+        mean, std = processor.config.image_mean, processor.config.image_std
+        self.model = VL2Model(config, dtype, dtype, pixel_mean=mean, pixel_std=std, layout=layout)
         self.generator = Generator(self.model, params, processor.tokenizer, chunk_size)
 
     def generate(
@@ -161,7 +212,8 @@ class VL2:
         length, tiles = batch.input_ids.shape[1], len(batch.tiles)
         room = batch.padded_to(bucket(length, 16), bucket(tiles, 1) if tiles else 0, self.processor.tokenizer.pad_id)
         segments = room.attention_mask.astype(np.int32)
-        out = _logits(self.model, self.params, room.input_ids, segments, room.visual_index, room.tiles)
+        with self.model.layout.on_devices():
+            out = _logits(self.model, self.params, room.input_ids, segments, room.visual_index, room.tiles)
         return np.asarray(out)[:, :length]
 
 
@@ -202,4 +254,5 @@ def _logits(
     model: VL2Model, params: Params, ids: Array, segments: Array, index: Array, tiles: Array
 ) -> Float[Array, "B T V"]:
     with matmul_precision(model.dtype):
-        return apply(model, params, ids, segments, index, tiles).logits
+        logits = apply(model, params, ids, segments, index, tiles).logits
+    return model.layout.constrain(logits, None, None, None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import json as json_module
 import os
 import shutil
@@ -11,24 +13,42 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from rich.console import Console
 
 from vl2_jax.config import preset_names, read_config
-from vl2_jax.errors import CheckpointError, ImageError, RequestError, VerificationError, VL2Error
+from vl2_jax.errors import CheckpointError, ImageError, MeshError, RequestError, VerificationError, VL2Error
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.progress import Display
+from vl2_jax.sharding.devices import Devices
 
 app = tyro.extras.SubcommandApp()
 _messages = Console(stderr=True, highlight=False)
+_ONE_DEVICE = Devices()
+_DevicesFlags = tyro.conf.OmitArgPrefixes[Devices]
+
+
+def _in_all_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """Runs a command that takes `devices` in every process of a slice; only process 0 writes."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, devices: Devices = _ONE_DEVICE, **options: Any) -> None:
+        from vl2_jax.sharding.processes import running_together
+
+        with running_together(devices) as process:
+            _messages.quiet = process > 0
+            command(*arguments, devices=devices, **options)
+
+    return run
 
 
 @app.command
+@_in_all_processes
 def generate(
     model: str,
     prompt: str,
@@ -45,6 +65,8 @@ def generate(
     json: bool = False,
     ignore_eos: bool = False,
     verify: bool = True,
+    adapters: Path | None = None,
+    devices: _DevicesFlags = _ONE_DEVICE,
 ) -> None:
     """Answer one question about pictures.
 
@@ -64,12 +86,13 @@ def generate(
         json: Print one object instead of streaming text: text, token_ids, boxes, timings.
         ignore_eos: Go on to max_tokens.
         verify: Check the weights against their manifest while loading.
+        adapters: Directory of low-rank adapters in PEFT's layout, to be merged into the weights.
     """
     # Pictures that cannot be read are reported before minutes are spent on loading weights.
     pictures = [load_image(path) for path in image]
     if save_boxes is not None:
         check_picture_file(save_boxes, pictures)
-    vl2, seconds = _load(model, dtype=dtype, chunk_size=chunk_size, verify=verify)
+    vl2, seconds = _load(model, devices, dtype=dtype, chunk_size=chunk_size, verify=verify, adapters=adapters)
     turn = {"role": "user", "content": with_image_tags(prompt, len(image)), "images": list(image)}
     with Display(_messages) as display:
         vl2.generator.report = display
@@ -90,13 +113,21 @@ def generate(
         _print_json({"text": answer.text, "token_ids": answer.token_ids, "boxes": boxes, "timings": timings})
     else:
         print()
-    if save_boxes is not None:
+    if save_boxes is not None and not _messages.quiet:
         draw_boxes(pictures[-1], answer.boxes).save(save_boxes)
         _messages.print(f"{len(answer.boxes)} box(es) drawn on {save_boxes}")
 
 
 @app.command
-def chat(model: str, dtype: str | None = None, max_tokens: int = 512, temperature: float = 0.0, seed: int = 0) -> None:
+def chat(
+    model: str,
+    dtype: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    adapters: Path | None = None,
+    mesh: str | None = None,
+) -> None:
     """Talk in the terminal: `/image PATH` adds a picture to the next message, `/new` starts again, `/quit` ends.
 
     Args:
@@ -105,8 +136,10 @@ def chat(model: str, dtype: str | None = None, max_tokens: int = 512, temperatur
         max_tokens: Longest answer, in tokens.
         temperature: 0 takes the likeliest token each time.
         seed: Of the sampling.
+        adapters: Directory of low-rank adapters in PEFT's layout, to be merged into the weights.
+        mesh: Spread the model over this machine's devices: auto, expert, or sizes such as expert=4,tensor=2.
     """
-    vl2, _ = _load(model, dtype=dtype)
+    vl2, _ = _load(model, Devices(mesh), dtype=dtype, adapters=adapters)
     conversation = vl2.chat()
     pictures: list[str] = []
     while True:
@@ -156,7 +189,10 @@ def convert(
 
 @app.command
 def export(
-    source: tyro.conf.Positional[Path], destination: tyro.conf.Positional[Path], dtype: str | None = None
+    source: tyro.conf.Positional[Path],
+    destination: tyro.conf.Positional[Path],
+    dtype: str | None = None,
+    adapters: bool = False,
 ) -> None:
     """Converted checkpoint, or a training run, to the released Hugging Face layout.
 
@@ -164,13 +200,14 @@ def export(
         source: A converted checkpoint, or the folder of a training run, whose newest checkpoint is taken.
         destination: A directory that does not exist yet.
         dtype: Of a training run's weights: bfloat16 or float32; by default that of its configuration.
+        adapters: Of a training run with [lora]: the adapters alone, in PEFT's layout.
     """
     if (source / "checkpoints").is_dir():
-        step = _training().export_run(source, destination, _tell, dtype)
+        step = _training("export").export_run(source, destination, _tell, dtype, adapters)
         _messages.print(f"exported step {step} of {source} to {destination}")
         return
-    if dtype is not None:
-        raise CheckpointError("--dtype is for training runs; a converted checkpoint keeps the dtype it has.")
+    if dtype is not None or adapters:
+        raise CheckpointError("--dtype and --adapters are for training runs; a converted checkpoint stays as it is.")
     from convert.to_torch import export as run
 
     with Display(_messages) as report:
@@ -179,32 +216,48 @@ def export(
 
 
 @app.command
+@_in_all_processes
 def train(
     recipe: tyro.conf.Positional[Path],
     out: Path,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    devices: _DevicesFlags = _ONE_DEVICE,
 ) -> None:
     """Train a model; run the same command again to go on after an interruption.
 
     Args:
-        recipe: A TOML file; configs/training/ holds some.
+        recipe: A TOML file, or the name of one of configs/training/, such as lora-tiny.
         out: Folder of the run: checkpoints, logs (TensorBoard too), and the trained model in OUT/model at the end.
         set: Change a value of the recipe: --set optimizer.learning_rate=1e-4.
     """
     from vl2_jax.training.recipe import read_recipe
 
-    loop = _training()
+    loop = _training("loop")
     described = read_recipe(recipe, set)
-    run = loop.train(described, out, _tell)
+    run = loop.train(described, out, _tell, mesh=devices.mesh)
     if int(run.state.step) >= described.loop.steps:
+        import jax
+
+        if jax.process_count() > 1:
+            _tell(f"vl2 export {out} DIRECTORY makes a model of it")
+            return
         model = out / "model"
         shutil.rmtree(model, ignore_errors=True)
-        loop.export_run(out, model, _tell)
+        _training("export").export_run(out, model, _tell)
         _tell(f"the trained model is in {model}: vl2 generate --model {model} ...")
 
 
 @app.command(name="eval")
-def evaluate(model: str, count: int = 100, seed: int = 1_000_000, longest_side: int = 400, json: bool = False) -> None:
+@_in_all_processes
+def evaluate(
+    model: str,
+    count: int = 100,
+    seed: int = 1_000_000,
+    longest_side: int = 400,
+    json: bool = False,
+    adapters: Path | None = None,
+    devices: _DevicesFlags = _ONE_DEVICE,
+) -> None:
     """Ask a model about drawn scenes it has not seen, and print how often it is right.
 
     Args:
@@ -213,13 +266,14 @@ def evaluate(model: str, count: int = 100, seed: int = 1_000_000, longest_side: 
         seed: Of the scenes.
         longest_side: Of the pictures, in pixels.
         json: Print one object.
+        adapters: Directory of low-rank adapters in PEFT's layout, to be merged into the weights.
     """
     from vl2_jax.scenes import SceneSizes
     from vl2_jax.scenes.evaluation import ask_all, table
 
     if count < 1:
         raise RequestError(f"--count is {count}; expected at least 1.")
-    vl2, _ = _load(model, dtype="float32")
+    vl2, _ = _load(model, devices, dtype="float32", adapters=adapters)
     with Display(_messages) as report:
         rows = table(ask_all(vl2, count, seed, SceneSizes(longest_side=longest_side), report))
     if json:
@@ -230,7 +284,13 @@ def evaluate(model: str, count: int = 100, seed: int = 1_000_000, longest_side: 
 
 
 @app.command
-def verify(model: tyro.conf.Positional[str], goldens: tyro.conf.Positional[Path], json: bool = False) -> None:
+@_in_all_processes
+def verify(
+    model: tyro.conf.Positional[str],
+    goldens: tyro.conf.Positional[Path],
+    json: bool = False,
+    devices: _DevicesFlags = _ONE_DEVICE,
+) -> None:
     """Compare a model with numbers recorded from the official release; exit 1 past a tolerance.
 
     Args:
@@ -240,7 +300,7 @@ def verify(model: tyro.conf.Positional[str], goldens: tyro.conf.Positional[Path]
     """
     from vl2_jax.verification import verify as run
 
-    vl2, _ = _load(model, dtype="float32")
+    vl2, _ = _load(model, devices, dtype="float32")
     largest: dict[str, Any] = {}
     with Display(_messages) as report:
         for check in run(vl2, goldens, report):
@@ -278,6 +338,62 @@ def info(model: tyro.conf.Positional[str], json: bool = False) -> None:
         return
     for name, value in facts.items():
         print(f"{name.replace('_', ' '):32} {value:,}" if isinstance(value, int) else f"{name:32} {value}")
+
+
+@app.command
+def plan(
+    model: str,
+    topology: str = "",
+    purpose: Annotated[Literal["decode", "prefill", "train"], tyro.conf.arg(name="for")] = "decode",
+    batch: int = 32,
+    context: int = 4096,
+    mesh: str = "auto",
+    dispatch: Literal["ring", "ragged"] = "ring",
+    recipe: Path | None = None,
+    search: bool = False,
+    json: bool = False,
+    save: Path | None = None,
+) -> None:
+    """Ask the TPU compiler whether a model fits on a slice, and how fast it can be; no TPU is needed.
+
+    Args:
+        model: The name of a size (vl2-tiny, vl2-small, vl2-base), a model's directory or a hub id.
+        topology: A slice such as v5e:2x4; with --search kinds such as v5e or v5e,v6e, by default all.
+        purpose: One decode step, one prefill chunk of 512 positions, or one training step.
+        batch: Sequences, over all devices.
+        context: Positions of each: cache slots, or the packed row of a training step.
+        mesh: auto, one axis, or sizes such as expert=4,tensor=2.
+        dispatch: How tokens reach their experts on other devices: ring or ragged.
+        recipe: Of a training step; by default a full fine-tune with AdamW, layers computed again for gradients.
+        search: Find the smallest slice that it fits on, and the best mesh there.
+        json: Print one object.
+        save: Draw memory and time to a picture.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is wanted, not the chip
+    from vl2_jax.api import find_model
+    from vl2_jax.config import VL2Config
+    from vl2_jax.planning import plan as planning
+    from vl2_jax.planning.slices import TOPOLOGIES
+    from vl2_jax.training.recipe import read_recipe
+
+    config = VL2Config.preset(model) if model in preset_names() else read_config(find_model(model))
+    training = None if recipe is None else read_recipe(recipe)
+    if search:
+        kinds = [kind.strip() for kind in topology.split(",")] if topology else list(TOPOLOGIES)
+        unknown = [kind for kind in kinds if kind not in TOPOLOGIES]
+        if unknown:
+            raise MeshError(f"there is no kind of TPU {unknown[0]!r}; choose from {', '.join(TOPOLOGIES)}.")
+        found = planning.search(model, config, kinds, purpose, batch, context, _tell, training)
+    else:
+        found = planning.make_plan(model, config, topology, purpose, batch, context, mesh, dispatch, training)
+    if save is not None:
+        from vl2_jax.planning.picture import draw
+
+        draw(found, save)
+    if json:
+        _print_json(found.to_json())
+    else:
+        print(planning.described(found))
 
 
 @app.command
@@ -327,20 +443,20 @@ def _tell(line: str) -> None:
     _messages.print(line, soft_wrap=True, markup=False)
 
 
-def _training() -> Any:
+def _training(part: str) -> Any:
+    """A module of the part of the project that needs more packages."""
     try:
-        from vl2_jax.training import loop
+        return importlib.import_module(f"vl2_jax.training.{part}")
     except ModuleNotFoundError as error:
         raise VL2Error(f"training needs {error.name!r}: pip install 'vl2-jax[train]'") from None
-    return loop
 
 
-def _load(model: str, **options: Any) -> tuple[Any, float]:
+def _load(model: str, devices: Devices, **options: Any) -> tuple[Any, float]:
     from vl2_jax.api import load
 
     begun = time.perf_counter()
     with Display(_messages) as report:
-        vl2 = load(model, report=report, **options)
+        vl2 = load(model, report=report, mesh=devices.mesh, dispatch=devices.dispatch, **options)
     return vl2, time.perf_counter() - begun
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vl2_jax.errors import ConfigError
+from vl2_jax.files import path_of
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor_config.json"
@@ -275,11 +276,11 @@ class VL2Config(_HfDataclass):
 
 
 def read_config(directory: str | Path) -> VL2Config:
-    return VL2Config.from_hf(read_json(Path(directory) / CONFIG_FILE))
+    return VL2Config.from_hf(read_json(path_of(directory) / CONFIG_FILE))
 
 
 def read_processor_config(directory: str | Path) -> ProcessorConfig:
-    return ProcessorConfig.from_hf(read_json(Path(directory) / PROCESSOR_FILE))
+    return ProcessorConfig.from_hf(read_json(path_of(directory) / PROCESSOR_FILE))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -300,18 +301,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def preset_names() -> list[str]:
-    return sorted(path.stem for path in (_configs_directory() / "models").glob("*.toml"))
+    return sorted(path.stem for path in (configs_directory() / "models").glob("*.toml"))
 
 
 def read_preset(name: str) -> dict[str, Any]:
     """The tables `model`, `processor` and `tokens` of a preset; the string "null" stands for JSON's null."""
-    path = _configs_directory() / "models" / f"{name}.toml"
+    path = configs_directory() / "models" / f"{name}.toml"
     if not path.is_file():
         raise ConfigError(f"there is no model preset {name!r}; choose one of {', '.join(preset_names())}.")
     return _nulls(tomllib.loads(path.read_text(encoding="utf-8")))
 
 
-def _configs_directory() -> Path:
+def configs_directory() -> Path:
     installed = Path(__file__).parent / "_configs"
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
 

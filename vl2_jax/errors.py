@@ -35,3 +35,7 @@ class RequestError(VL2Error):
 
 class VerificationError(VL2Error):
     """A model that does not give the recorded numbers."""
+
+
+class MeshError(VL2Error):
+    """A mesh that does not fit the devices or the model, or processes that do not find each other."""

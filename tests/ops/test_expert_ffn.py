@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from tests.ops.interpreted import interpreted
 from vl2_jax.ops.chips import CHIPS
 from vl2_jax.ops.expert_ffn import backward, pallas_tpu
 from vl2_jax.ops.expert_ffn.api import expert_ffn
@@ -87,8 +88,7 @@ def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, r
         ids = (ids[:, :1] * 0 + jnp.arange(k)) % experts
     elif routing == "few experts":
         ids = jnp.broadcast_to(ids[:1], ids.shape)
-    with pltpu.force_tpu_interpret_mode():  # uninitialised memory reads as NaN, reads out of bounds raise
-        ours = pallas_tpu.expert_ffn(x, gate, up, down, ids, weights, tiling=SMALL_TILING)
+    ours = interpreted(pallas_tpu.expert_ffn, x, gate, up, down, ids, weights, tiling=SMALL_TILING)
     expected = np.asarray(wide_reference(x, gate, up, down, ids, weights))
     assert np.abs(np.asarray(ours, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
 
@@ -99,16 +99,15 @@ def test_tall_tiles_equal_the_reference(name, tokens):
     arguments = rounded(problem(7, tokens, 2, 1, 256, 128))
     tiling = choose_tiling(CHIPS[name], tokens, 256, 128, 2, 1)
     assert tiling.heights[0] >= 96
-    with pltpu.force_tpu_interpret_mode():
-        ours = np.asarray(pallas_tpu.expert_ffn(*arguments, tiling=tiling), np.float32)
+    ours = np.asarray(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling), np.float32)
     expected = np.asarray(wide_reference(*arguments))
     assert np.abs(ours - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
 def test_the_kernel_ends_well_without_any_row_to_multiply():
     x, gate, up, down, ids, weights = rounded(problem(3, 5, 4, 2, 256, 128))
-    with pltpu.force_tpu_interpret_mode():
-        ours = pallas_tpu.expert_ffn(x, gate, up, down, jnp.full_like(ids, 4), weights, tiling=SMALL_TILING)
+    nobody = jnp.full_like(ids, 4)
+    ours = interpreted(pallas_tpu.expert_ffn, x, gate, up, down, nobody, weights, tiling=SMALL_TILING)
     assert not np.asarray(ours, np.float32).any()
 
 
@@ -123,10 +122,53 @@ def test_the_kernel_has_no_races(capfd):
 def test_gradients_by_grouped_products_equal_those_of_the_reference(grouped):
     x, gate, up, down, ids, weights = rounded(problem(5, 50, 6, 3, 256, 128))
     dout = jax.random.normal(jax.random.key(9), x.shape)
-    with pltpu.force_tpu_interpret_mode():
-        ours = backward.backward(x, gate, up, down, ids, weights, dout, implementation=grouped)
+    ours = interpreted(backward.backward, x, gate, up, down, ids, weights, dout, implementation=grouped)
     _, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
     for a, b in zip(ours, vjp(dout), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+
+
+def part_of(ids, first, count):
+    """Ids as a device sees them that holds the experts from `first` on."""
+    here = (ids >= first) & (ids < first + count)
+    return jnp.where(here, ids - first, count)
+
+
+@pytest.mark.parametrize("tokens", [3, 50])
+def test_experts_that_are_not_here_give_nothing(tokens):
+    """Three devices' shares of the experts add up to the whole, values and gradients."""
+    x, gate, up, down, ids, weights = problem(6, tokens, 6, 3)
+
+    def whole(x, gate, up, down, weights):
+        return expert_ffn(x, gate, up, down, ids, weights, implementation="reference")
+
+    def parts(x, gate, up, down, weights):
+        return sum(
+            expert_ffn(x, *(a[i : i + 2] for a in (gate, up, down)), part_of(ids, i, 2), weights, spread_over=6)
+            for i in (0, 2, 4)
+        )
+
+    arguments = (x, gate, up, down, weights)
+    np.testing.assert_allclose(parts(*arguments), whole(*arguments), atol=2e-4, rtol=1e-4)
+    ours, theirs = (
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2, 3, 4))(*arguments) for f in (parts, whole)
+    )
+    for a, b in zip(ours, theirs):
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("first", [0, 2, 6])
+def test_the_kernels_leave_out_experts_that_are_not_here(first):
+    x, gate, up, down, ids, weights = rounded(problem(5, 50, 6, 3, 256, 128))
+    ids = part_of(ids, first, 2)
+    gate, up, down = (a[:2] for a in (gate, up, down))
+    dout = jax.random.normal(jax.random.key(9), x.shape)
+    arguments = (x, gate, up, down, ids, weights)
+    out = interpreted(pallas_tpu.expert_ffn, *arguments, spread_over=6, tiling=SMALL_TILING)
+    ours = interpreted(backward.backward, *arguments, dout)
+    expected, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
+    for a, b in zip((out, *ours), (expected, *vjp(dout)), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
 

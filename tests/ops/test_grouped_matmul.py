@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 
+from tests.ops.interpreted import interpreted
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul, grouped_transposed_matmul
 
 SIZES = st.lists(st.sampled_from([0, 0, 1, 5, 16, 63, 64, 130]), min_size=1, max_size=6).filter(sum)
@@ -34,9 +34,9 @@ def close(ours, expected, tolerance=1e-2):
 def test_products_equal_the_reference(implementation, sizes, transposed):
     lhs, rhs, other, groups = arrays(sizes)
     given_rhs = rhs.swapaxes(1, 2) if transposed else rhs
-    with pltpu.force_tpu_interpret_mode():
-        out = grouped_matmul(lhs, given_rhs, groups, transpose_rhs=transposed, implementation=implementation)
-        sums = grouped_transposed_matmul(lhs, other, groups, implementation=implementation)
+    options = {"implementation": implementation}
+    out = interpreted(grouped_matmul, lhs, given_rhs, groups, transpose_rhs=transposed, **options)
+    sums = interpreted(grouped_transposed_matmul, lhs, other, groups, **options)
     close(out, grouped_matmul(lhs, rhs, groups, implementation="reference"))
     close(sums, grouped_transposed_matmul(lhs, other, groups, implementation="reference"))
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import GOLDENS
+from vl2_jax.api import find_model
+from vl2_jax.config import read_json, read_preset
 from vl2_jax.errors import ConversationError, ImageError
 from vl2_jax.processing.batch import Processor
 from vl2_jax.processing.grounding import COLOURS, draw_boxes, parse_boxes
@@ -189,3 +191,23 @@ def test_boxes_are_drawn_where_they_are():
     drawn = draw_boxes(Image.new("RGB", (200, 200), "white"), boxes)
     assert drawn.getpixel((100, 150)) == COLOURS[0]
     assert drawn.getpixel((100, 100)) == (255, 255, 255)
+
+
+def test_the_shipped_model_is_the_preset():
+    directory = find_model("vl2-nano")
+    assert read_json(directory / "config.json") == read_preset("vl2-nano")["model"]
+    assert sum(path.stat().st_size for path in directory.iterdir()) < 12e6
+
+
+@pytest.mark.parametrize("size", [(336, 112), (112, 336), (224, 224), (90, 90)])
+def test_prompts_of_every_raster_have_fingerprints(size):
+    """Tiles of a wide raster are strided views of the picture."""
+    processor = Processor.from_directory(find_model("vl2-nano"))
+    pictures = [Image.new("RGB", size, colour) for colour in ("red", "blue")]
+    answer = {"role": "assistant", "content": ""}
+    red, blue = (
+        processor.encode([{"role": "user", "content": "<image>\n?", "images": [picture]}, answer], inference=True)
+        for picture in pictures
+    )
+    assert len(red.fingerprints()) == len(red)
+    assert (red.fingerprints() != blue.fingerprints()).any()

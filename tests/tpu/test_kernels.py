@@ -9,7 +9,7 @@ from vl2_jax.model.vl2 import VL2Model, abstract_params, apply
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.backward import backward
 
-TOKENS = (1, 8, 64, 256, 512, 4096)
+TOKENS = (1, 64, 512, 4096)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -20,7 +20,7 @@ def test_routed_experts_compile(target, size, tokens):
     assert "tpu_custom_call" in compiled.as_text()
 
 
-@pytest.mark.parametrize("tokens", [512, 4096])
+@pytest.mark.parametrize("tokens", [4096])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_their_gradients_compile(target, size, tokens):

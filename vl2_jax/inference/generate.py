@@ -81,7 +81,7 @@ class Memory:
     fingerprints: np.ndarray  # uint64 [positions], of the one sequence in the cache
 
 
-class _State(NamedTuple):
+class DecodeState(NamedTuple):
     """The decode loop's carry."""
 
     cache: Cache
@@ -127,6 +127,16 @@ class Generator:
         Raises:
           ContextLengthError: a prompt leaves no room for an answer.
         """
+        with self.model.layout.on_devices():
+            return self._generate(prompts, options, on_text, memory)
+
+    def _generate(
+        self,
+        prompts: Sequence[Encoded],
+        options: SamplingOptions,
+        on_text: Callable[[int, str], None] | None,
+        memory: Memory | None,
+    ) -> tuple[list[Answer], Memory]:
         limits = [self._room_for(prompt, options.max_tokens) for prompt in prompts]
         writers = [_AnswerWriter(self.tokenizer, options, limit) for limit in limits]
         self.timings = Timings(tiles=sum(len(p.tiles) for p in prompts), prompt_tokens=sum(map(len, prompts)))
@@ -148,12 +158,13 @@ class Generator:
         prints = np.concatenate([prompts[0].fingerprints(), np.asarray(fed, np.uint64)])
         return answers, Memory(self._cache, prints)
 
-    def encode_tiles(self, tiles: np.ndarray) -> Float[Array, "I M D"]:
+    def encode_tiles(self, tiles: np.ndarray) -> Float[Array | np.ndarray, "I M D"]:
         """Tokens of all tiles, at most `tile_chunk` at a time; a bucket of chunks, the last of them empty."""
         if not len(tiles):
-            return jnp.zeros((0, self.model.config.tokens_per_tile, self._width), self.model.dtype)
-        chunks = -(-len(tiles) // self.tile_chunk)
-        chunk = -(-len(tiles) // chunks)  # 5 tiles are 2 x 3, not 2 x 4
+            return np.zeros((0, self.model.config.tokens_per_tile, self._width), self.model.dtype)
+        devices = self.model.layout.devices
+        chunks = -(-len(tiles) // (self.tile_chunk * devices))
+        chunk = -(-len(tiles) // (chunks * devices)) * devices  # 5 tiles are 2 x 3, not 2 x 4; each device has as many
         padded = np.pad(tiles, ((0, chunks * chunk - len(tiles)), (0, 0), (0, 0), (0, 0)))
         parts: list[Array] = []
         for i in range(chunks):
@@ -191,13 +202,13 @@ class Generator:
             ids[row, : len(prompt)] = prompt.input_ids
             index[row, : len(prompt)] = visual_rows
         last = np.asarray([len(p) - 1 for p in prompts], np.int32)
-        hidden = jnp.zeros((len(prompts), self._width), self.model.dtype)
+        hidden: Any = np.zeros((len(prompts), self._width), self.model.dtype)
         for i in range(chunks):
             begin = start + i * chunk
             self._tell("reading the prompt", i, chunks, hidden)
             part = slice(begin, begin + chunk)
             x = _embed(self.model, self.params, ids[:, part], index[:, part], table)
-            hidden, cache = _prefill(self.model, self.params, x, cache, hidden, np.int32(begin), last)
+            hidden, cache = prefill_chunk(self.model, self.params, x, cache, hidden, np.int32(begin), last)
         jax.block_until_ready(hidden)
         self.timings.prefill_seconds = time.perf_counter() - begun
         return hidden, cache
@@ -227,14 +238,14 @@ class Generator:
         # Compiled before the first text appears, so that text does not stop after its first word.
         self._tell("compiling the decoder", 0, 0, token)
         nothing = np.zeros(len(prompts), bool), np.int32(0)
-        state, *_ = _decode(self.model, self.params, state, *nothing, sampler, eos, greedy)
+        state, *_ = decode_steps(self.model, self.params, state, *nothing, sampler, eos, greedy)
         yield [[(int(t), float(p))] for t, p in zip(token, logprob)]
         steps = 1
         while not all(writer.finished for writer in writers):
             call_begun = time.perf_counter()
             done = np.asarray([writer.finished for writer in writers])
             steps = min(steps, max(w.limit - len(w.ids) for w in writers if not w.finished))
-            state, tokens, logprobs, counts = _decode(
+            state, tokens, logprobs, counts = decode_steps(
                 self.model, self.params, state, done, np.int32(steps), sampler, eos, greedy
             )
             tokens, logprobs, counts = jax.device_get((tokens, logprobs, counts))
@@ -271,7 +282,7 @@ class Generator:
         """An empty cache, or the remembered one grown to `capacity` slots."""
         config = self.model.config.language_config
         if memory is None:
-            return init_cache(config, batch, capacity, self.model.dtype)
+            return _empty_cache(self.model, batch, capacity)
         axis = 1 if config.use_mla else 2
         missing = capacity - memory.cache[0][0].shape[axis]
         if missing <= 0:
@@ -366,13 +377,18 @@ def _encode_tiles(model: VL2Model, params: Params, tiles: Array) -> Float[Array,
         return apply(model, params, tiles, method="encode_tiles")
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty_cache(model: VL2Model, batch: int, capacity: int) -> Cache:
+    return init_cache(model.config.language_config, batch, capacity, model.dtype, model.layout)
+
+
 @partial(jax.jit, static_argnums=0)
 def _embed(model: VL2Model, params: Params, ids: Array, index: Array, table: Array) -> Float[Array, "B C D"]:
     return apply(model, params, ids, index, table, method="embed")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def _prefill(
+def prefill_chunk(
     model: VL2Model, params: Params, x: Array, cache: Cache, hidden: Array, begin: Array, last: Array
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One chunk: fills slots `begin` to `begin + C`, and keeps the hidden rows of prompts that end inside of it."""
@@ -382,7 +398,8 @@ def _prefill(
         out = apply(model, params, x, positions, None, cache, method="decode")
     within = last - begin
     row = jnp.take_along_axis(out.hidden, jnp.clip(within, 0, length - 1)[:, None, None], axis=1)[:, 0]
-    return jnp.where(((within >= 0) & (within < length))[:, None], row, hidden), out.cache
+    hidden = jnp.where(((within >= 0) & (within < length))[:, None], row, hidden)
+    return model.layout.constrain(hidden, None, None), out.cache
 
 
 @partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
@@ -396,27 +413,27 @@ def _first_token(
     sampler: Sampler,
     eos: Array,
     greedy: bool,
-) -> tuple[_State, Int[Array, " B"], Float[Array, " B"]]:
+) -> tuple[DecodeState, Int[Array, " B"], Float[Array, " B"]]:
     with matmul_precision(model.dtype):
         logits = apply(model, params, hidden, method="logits")
     step = jnp.zeros_like(lengths)
     token, logprob = choose(logits, sampler, seen, step, greedy)
     rows = jnp.arange(len(token))
-    state = _State(cache, token, lengths, step + 1, token == eos, seen.at[rows, token].set(True))
-    return state, token, logprob
+    state = DecodeState(cache, token, lengths, step + 1, token == eos, seen.at[rows, token].set(True))
+    return state, model.layout.constrain(token, None), model.layout.constrain(logprob, None)
 
 
 @partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
-def _decode(
+def decode_steps(
     model: VL2Model,
     params: Params,
-    state: _State,
+    state: DecodeState,
     done: Array,
     steps: Array,
     sampler: Sampler,
     eos: Array,
     greedy: bool,
-) -> tuple[_State, Int[Array, "B n"], Float[Array, "B n"], Int[Array, " B"]]:
+) -> tuple[DecodeState, Int[Array, "B n"], Float[Array, "B n"], Int[Array, " B"]]:
     """Up to `steps` tokens a row. A finished row stays where it is and produces nothing."""
     batch = len(state.token)
     rows = jnp.arange(batch)
@@ -430,7 +447,7 @@ def _decode(
         alive = ~state.done
         tokens = tokens.at[rows, number].set(token)
         logprobs = logprobs.at[rows, number].set(logprob)
-        state = _State(
+        state = DecodeState(
             cache=out.cache,
             token=jnp.where(alive, token, state.token),
             position=state.position + alive,
@@ -448,7 +465,8 @@ def _decode(
     start = (0, state, jnp.zeros(room, jnp.int32), jnp.zeros(room, jnp.float32), jnp.zeros(batch, jnp.int32))
     with matmul_precision(model.dtype):
         _, state, tokens, logprobs, counts = jax.lax.while_loop(unfinished, body, start)
-    return state, tokens, logprobs, counts
+    whole = model.layout.constrain
+    return state, whole(tokens, None, None), whole(logprobs, None, None), whole(counts, None)
 
 
 def _shared_prefix(old: np.ndarray, new: np.ndarray) -> int:

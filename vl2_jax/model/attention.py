@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.layers import Dtype, Linear, RMSNorm, attend, declare, softmax
+from vl2_jax.model.layers import ONE_DEVICE, Dtype, Layout, Linear, RMSNorm, attend, declare, softmax, with_adapter
 from vl2_jax.model.rope import rotate, softmax_scale
 
 _MOST_ROWS_A_BLOCK = 512
@@ -47,6 +47,7 @@ class LatentAttention(nn.Module):
     config: LanguageConfig
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -81,11 +82,11 @@ class LatentAttention(nn.Module):
         k_rope = rotate(compressed[..., None, rank:], *tables, interleaved=True)[:, :, 0]
         rows = jnp.concatenate([latent, k_rope], axis=-1)
         if cache is not None:
-            cache = (write_cache(cache[0], rows, positions, axis=1),)
+            cache = (write_cache(cache[0], rows, positions, 1, self.layout),)
             rows = cache[0]
 
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
-        kv_b = rearrange(kv_b.astype(self.dtype), "r (h k) -> r h k", h=heads)
+        kv_b = rearrange(with_adapter(self, "kv_b_proj", kv_b, self.dtype), "r (h k) -> r h k", h=heads)
         scale = softmax_scale(config)
         if absorbed is None:
             absorbed = cache is not None and x.shape[1] < _absorbed_below(config)
@@ -95,7 +96,8 @@ class LatentAttention(nn.Module):
                 q_rows = jnp.concatenate([q_latent, q_rope], axis=-1)
                 scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
                 probabilities = softmax(scores, mask).astype(self.dtype)
-                mixed = jnp.einsum("bhts,bsr->bthr", probabilities, rows[..., :rank])
+                # Of whole rows, the rotated part included: a slice of the cache would be a copy of it.
+                mixed = jnp.einsum("bhts,bsw->bthw", probabilities, rows)[..., :rank]
                 out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
             else:
 
@@ -126,6 +128,7 @@ class MultiHeadAttention(nn.Module):
     config: LanguageConfig
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -151,7 +154,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             # [B, H, S, K]: the two last axes fill a TPU's tiles whatever the number of heads.
             new = (rearrange(rows, "b t h k -> b h t k") for rows in (keys, values))
-            cache = tuple(write_cache(old, rows, positions, axis=2) for old, rows in zip(cache, new))
+            cache = tuple(write_cache(old, rows, positions, 2, self.layout) for old, rows in zip(cache, new))
         scale = softmax_scale(config)
         if cache is None:
             out = attend_to_all(queries, keys, values, mask, documents, scale)
@@ -277,16 +280,28 @@ def _block_size(rows: int, most: int = _MOST_ROWS_A_BLOCK) -> int:
     return next((size for size in sizes if size <= most), rows)
 
 
-def write_cache(cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int) -> Array:
+def write_cache(
+    cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int, layout: Layout = ONE_DEVICE
+) -> Array:
     """The cache with new rows in the slots of their positions.
 
-    One row a sequence goes wherever that sequence is; more rows are consecutive and start at the same position.
+    One row a sequence goes wherever that sequence is; more rows are consecutive and start at the same position. Rows
+    are written one by one: for a scatter, XLA copies the whole cache on a TPU, three times a layer and token.
     """
-    if positions.shape[1] == 1:
-        batch = jnp.arange(positions.shape[0])
-        index = (batch, positions[:, 0]) if axis == 1 else (batch, slice(None), positions[:, 0])
-        return cache.at[index].set(jnp.squeeze(rows, axis).astype(cache.dtype))
-    return jax.lax.dynamic_update_slice_in_dim(cache, rows.astype(cache.dtype), positions[0, 0], axis)
+    rows = rows.astype(cache.dtype)
+    if positions.shape[1] > 1:
+        return jax.lax.dynamic_update_slice_in_dim(cache, rows, positions[0, 0], axis)
+
+    def write(cache: Array, rows: Array, positions: Array) -> Array:
+        def write_one(sequence: Array, cache: Array) -> Array:
+            begin: list[Any] = [sequence, *[0] * (cache.ndim - 1)]
+            begin[axis] = positions[sequence, 0]
+            row = jax.lax.dynamic_slice_in_dim(rows, sequence, 1)
+            return jax.lax.dynamic_update_slice(cache, row, begin)
+
+        return jax.lax.fori_loop(0, positions.shape[0], write_one, cache)
+
+    return layout.on_own_sequences(write, cache, rows, positions)
 
 
 def init_layer_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> LayerCache:

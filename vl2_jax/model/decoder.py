@@ -5,15 +5,27 @@ B batch, T query positions, S cache positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
 from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache
-from vl2_jax.model.layers import Dtype, GatedMLP, Linear, RMSNorm, declare
+from vl2_jax.model.layers import (
+    ONE_DEVICE,
+    Dtype,
+    GatedMLP,
+    Layout,
+    Linear,
+    RMSNorm,
+    declare,
+    scan_layers,
+    variables_of,
+)
 from vl2_jax.model.moe import MoE, Routing
 from vl2_jax.model.rope import rotary_tables
 
@@ -30,22 +42,27 @@ class Decoder(nn.Module):
     config: LanguageConfig
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
+    remat: bool = False
+    scan: bool = False
 
     def setup(self) -> None:
         config = self.config
         shape = (config.vocab_size, config.hidden_size)
         init = nn.initializers.normal(config.initializer_range)
         self.embedding = declare(self, "embed_tokens", init, shape, ("vocab", "embed"), self.param_dtype)
+        # With `remat` a layer keeps only its input for the backward pass, and computes the rest again.
+        layer = nn.remat(DecoderLayer) if self.remat else DecoderLayer
         self.layers = [
-            DecoderLayer(config, config.is_moe_layer(i), self.dtype, self.param_dtype)
+            layer(config, config.is_moe_layer(i), self.dtype, self.param_dtype, self.layout)
             for i in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype)
-        axes = ("embed", "vocab")
-        self.lm_head = Linear(config.vocab_size, axes, self.dtype, self.param_dtype, kernel_init=init)
+        self.lm_head = vocabulary_layer(config, self.dtype, self.param_dtype)
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+        table = self.layout.constrain(self.embedding, "vocab", None)
+        return jnp.take(table, ids, axis=0).astype(self.dtype)
 
     def __call__(
         self,
@@ -70,19 +87,46 @@ class Decoder(nn.Module):
         mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
         placement = Placement(positions, mask, rotary_tables(self.config, positions), segments if packed else None)
         new_cache, routings = [], []
-        for i, layer in enumerate(self.layers):
+        looped = range(0)
+        if self.scan and cache is None and not self.is_initializing():
+            looped = range(self.config.first_k_dense_replace, len(self.layers))
+        for i, layer in enumerate(self.layers[: len(self.layers) - len(looped)]):
             layer_cache = None if cache is None else cache[i]
             x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
+            x = self.layout.constrain(x, "batch", None, None)
+            if layer_cache is not None:
+                layer_cache = laid_out(self.config, layer_cache, self.layout)
             self.sow("intermediates", "layer_out", x)
             new_cache.append(layer_cache)
             if routing is not None:
                 routings.append(routing)
+        if looped:
+            x, told = self._loop(x, placement, looped)
+            routings += [jax.tree.map(operator.itemgetter(i), told) for i in range(len(looped))]
         updated = None if cache is None else tuple(new_cache)
         return DecoderOutput(self.norm(x), updated, tuple(routings))  # type: ignore[arg-type]
+
+    def _loop(self, x: Array, placement: Placement, layers: range) -> tuple[Array, Routing]:
+        """Mixture-of-experts layers as one loop; their routings are stacked."""
+        layer = DecoderLayer(self.config, True, self.dtype, self.param_dtype, self.layout, parent=None)
+
+        def body(x: Array, variables: Any) -> tuple[Array, Any]:
+            told: Any = layer.apply(variables, x, placement, None, None)
+            x, _, routing = told
+            return self.layout.constrain(x, "batch", None, None), routing
+
+        variables = [variables_of(self, f"layers_{i}") for i in layers]
+        return scan_layers(body, x, variables, self.dtype, self.remat)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits; the product itself is in `dtype`, as released (SPEC 5)."""
         return self.lm_head(hidden).astype(jnp.float32)
+
+
+def vocabulary_layer(config: LanguageConfig, dtype: Dtype, param_dtype: Dtype, **place: Any) -> Linear:
+    """Hidden states to logits."""
+    init = nn.initializers.normal(config.initializer_range)
+    return Linear(config.vocab_size, ("embed", "vocab"), dtype, param_dtype, kernel_init=init, **place)
 
 
 class DecoderLayer(nn.Module):
@@ -90,6 +134,7 @@ class DecoderLayer(nn.Module):
     is_moe: bool
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -105,21 +150,28 @@ class DecoderLayer(nn.Module):
             return RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
 
         kind = LatentAttention if config.use_mla else MultiHeadAttention
-        attention = kind(config, self.dtype, self.param_dtype, name="self_attn")
+        attention = kind(config, self.dtype, self.param_dtype, self.layout, name="self_attn")
         mixed, cache = attention(norm("input_layernorm")(x), placement, cache, absorbed)
         x += mixed
         normed = norm("post_attention_layernorm")(x)
         if self.is_moe:
-            out, routing = MoE(config, self.dtype, self.param_dtype, name="mlp")(normed)
+            out, routing = MoE(config, self.dtype, self.param_dtype, self.layout, name="mlp")(normed)
             return x + out, cache, routing
         init = nn.initializers.normal(config.initializer_range)
         mlp = GatedMLP(config.intermediate_size, self.dtype, self.param_dtype, init, name="mlp")
         return x + mlp(normed), cache, None
 
 
-def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> Cache:
+def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype, layout: Layout = ONE_DEVICE) -> Cache:
     """An empty cache with room for `length` positions of every sequence."""
-    return tuple(init_layer_cache(config, batch, length, dtype) for _ in range(config.num_hidden_layers))
+    layers = (init_layer_cache(config, batch, length, dtype) for _ in range(config.num_hidden_layers))
+    return tuple(laid_out(config, layer, layout) for layer in layers)
+
+
+def laid_out(config: LanguageConfig, cache: LayerCache, layout: Layout) -> LayerCache:
+    """Sequences are spread over devices, and so are heads; latents have none, so tensor parallelism repeats them."""
+    axes = ("batch", None, None) if config.use_mla else ("batch", "heads", None, None)
+    return tuple(layout.constrain(rows, *axes) for rows in cache)
 
 
 def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:

@@ -1,21 +1,99 @@
 """The small parts that the vision tower, the projector and the decoder are made of.
 
 Every parameter is declared once, by name, shape, logical axes and initialiser. The axes are names such as "embed" or
-"heads"; which mesh axis each of them is laid along is decided elsewhere.
+"heads"; which mesh axis each of them is laid along is decided in `sharding.rules`, and a `Layout` carries it in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from vl2_jax.errors import ConfigError
+from vl2_jax.ops.expert_ffn.api import expert_ffn
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where arrays lie and where experts compute: here, on one device; `sharding.layout` does it for a mesh."""
+
+    def constrain(self, x: Array, *axes: str | None) -> Array:
+        """`x` laid out by the logical names of its axes; an axis without a name is whole on every device."""
+        del axes
+        return x
+
+    def on_own_sequences(self, function: Callable[..., Array], cache: Array, rows: Array, positions: Array) -> Array:
+        """`function(cache, rows, positions)` of the sequences (and heads, if there are) that each device has."""
+        return function(cache, rows, positions)
+
+    def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
+        """The sum of `function(shared, *rows)` over the sequences that each device has; `shared` travels once."""
+        return function(shared, *rows)
+
+    def on_devices(self) -> AbstractContextManager:
+        """The context that programs of this layout are traced, compiled and called in."""
+        return nullcontext()
+
+    @property
+    def devices(self) -> int:
+        """Over which tiles are spread."""
+        return 1
+
+    def experts(
+        self,
+        x: Float[Array, "B T D"],
+        gate: Float[Array, "E D F"],
+        up: Float[Array, "E D F"],
+        down: Float[Array, "E F D"],
+        expert_ids: Int[Array, "B T k"],
+        combine_weights: Float[Array, "B T k"],
+    ) -> Float[Array, "B T D"]:
+        """`ops.expert_ffn` of every position."""
+        rows = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, combine_weights))
+        x_rows, ids, weights = rows
+        return expert_ffn(x_rows, gate, up, down, ids, weights).reshape(x.shape)
+
+
+ONE_DEVICE = Layout()
+ADAPTERS = "adapters"  # the collection of variables beside "params"
+
+
+def variables_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """The parameters of a part of `module`, and its adapters if there are any, for `apply`."""
+    collections = module.variables
+    return {kind: collections[kind][name] for kind in ("params", ADAPTERS) if name in collections.get(kind, {})}
+
+
+def scan_layers(
+    body: Callable[[Array, Any], tuple[Array, Any]], x: Array, variables: Sequence[Any], dtype: Dtype, remat: bool
+) -> tuple[Array, Any]:
+    """Alike layers one after another as one loop, which is compiled once; `(x, what the layers tell, stacked)`.
+
+    Args:
+      body: one layer, `(x, its variables)` to the new x and what it tells.
+      variables: of each layer. They stay apart everywhere else and are stacked here, in `dtype`: a copy that casting
+        would make anyway.
+      remat: keep only each layer's input for the backward pass.
+    """
+    if len({jax.tree.structure(each) for each in variables}) > 1:
+        raise ConfigError("model.scan makes one loop of all layers, which must have adapters on the same projections.")
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([_narrowed(leaf, dtype) for leaf in leaves]), *variables)
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stacked)
+
+
+def _narrowed(leaf: Array, dtype: Dtype) -> Array:
+    """Matrices are multiplied in the layers' dtype; vectors, routers' biases among them, stay as they are."""
+    return leaf.astype(dtype) if leaf.ndim > 1 else leaf
 
 
 def declare(
@@ -31,21 +109,42 @@ def declare(
     return module.param(name, boxed, tuple(shape), dtype)
 
 
+def adapter_of(module: nn.Module, name: str, dtype: Dtype) -> tuple[Array, Array] | None:
+    """The factors of a low-rank adapter on a parameter of `module`, if it has one (`training.lora`); B is scaled."""
+    if not module.has_variable(ADAPTERS, name):
+        return None
+    pair: Any = module.get_variable(ADAPTERS, name)
+    return pair["a"].astype(dtype), pair["b"].astype(dtype)
+
+
+def with_adapter(module: nn.Module, name: str, value: Array, dtype: Dtype) -> Array:
+    """A parameter in `dtype`, and its adapter's product added."""
+    pair = adapter_of(module, name, dtype)
+    return value.astype(dtype) if pair is None else value.astype(dtype) + pair[0] @ pair[1]
+
+
 class Linear(nn.Module):
-    """`x @ kernel + bias`, computed in `dtype`. The kernel is `[in, out]`, the transpose of PyTorch's weight."""
+    """`x @ kernel + bias`, computed in `dtype`. The kernel is `[in, out]`, the transpose of PyTorch's weight.
+
+    An adapter is applied to `x` and never multiplied out, so that gradients of the whole kernel are not computed.
+    """
 
     features: int
     axes: tuple[str | None, str | None]
     dtype: Dtype
     param_dtype: Dtype
     use_bias: bool = False
-    kernel_init: Initializer = nn.initializers.normal(0.02)
+    kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         shape = (x.shape[-1], self.features)
         kernel = declare(self, "kernel", self.kernel_init, shape, self.axes, self.param_dtype)
-        y = jnp.einsum("...d,df->...f", x.astype(self.dtype), kernel.astype(self.dtype))
+        x = x.astype(self.dtype)
+        # Rows in one axis: XLA:CPU makes a transposed copy of the gradient for a product over more than one.
+        y = (x.reshape(-1, shape[0]) @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        if pair := adapter_of(self, "kernel", self.dtype):
+            y += (x @ pair[0]) @ pair[1]
         if self.use_bias:
             bias = declare(self, "bias", nn.initializers.zeros, shape[1:], self.axes[1:], self.param_dtype)
             y += bias.astype(self.dtype)

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.layers import Dtype, GatedMLP, declare
-from vl2_jax.ops.expert_ffn.api import expert_ffn
+from vl2_jax.model.layers import ONE_DEVICE, Dtype, GatedMLP, Layout, declare, with_adapter
 
 
 class Routing(NamedTuple):
@@ -29,6 +28,7 @@ class MoE(nn.Module):
     config: LanguageConfig
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
@@ -40,17 +40,17 @@ class MoE(nn.Module):
 
         def stacked(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
             kernel = declare(self, name, init, (experts, *shape), ("expert", *axes), self.param_dtype)
-            return kernel.astype(self.dtype)
+            return with_adapter(self, name, kernel, self.dtype)
 
         with jax.named_scope("routed_experts"):
-            routed = expert_ffn(
-                x.reshape(-1, width),
+            routed = self.layout.experts(
+                x,
                 stacked("experts_gate_proj", (width, hidden), ("embed", "expert_mlp")),
                 stacked("experts_up_proj", (width, hidden), ("embed", "expert_mlp")),
                 stacked("experts_down_proj", (hidden, width), ("expert_mlp", "embed")),
-                routing.expert_ids.reshape(-1, routing.expert_ids.shape[-1]),
-                routing.weights.reshape(-1, routing.weights.shape[-1]),
-            ).reshape(x.shape)
+                routing.expert_ids,
+                routing.weights,
+            )
         if config.n_shared_experts:
             shared_width = config.n_shared_experts * hidden
             shared = GatedMLP(shared_width, self.dtype, self.param_dtype, init, name="shared_experts")

@@ -5,6 +5,8 @@ I tiles, S pixels along a side, L patches, W width. The last block's output afte
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,17 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from vl2_jax.config import VisionConfig
-from vl2_jax.model.layers import Dtype, LayerNorm, Linear, attend, declare
+from vl2_jax.model.layers import (
+    ONE_DEVICE,
+    Dtype,
+    LayerNorm,
+    Layout,
+    Linear,
+    attend,
+    declare,
+    scan_layers,
+    variables_of,
+)
 
 _EPS = 1e-6
 _CHANNELS = 3
@@ -22,6 +34,9 @@ class VisionTower(nn.Module):
     config: VisionConfig
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
+    remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "I S S 3"]) -> Float[Array, "I L W"]:
@@ -34,8 +49,20 @@ class VisionTower(nn.Module):
             self, "pos_embed", nn.initializers.normal(0.02), (config.grid**2, width), axes, self.param_dtype
         )
         x += positions.astype(self.dtype)
-        for layer in range(config.layers):
-            x = VisionBlock(config, self.dtype, self.param_dtype, name=f"blocks_{layer}")(x)
+        block = nn.remat(VisionBlock) if self.remat else VisionBlock
+        is_loop = self.scan and not self.is_initializing()
+        if is_loop:
+            one = VisionBlock(config, self.dtype, self.param_dtype, parent=None)
+            variables = [variables_of(self, f"blocks_{layer}") for layer in range(config.layers)]
+
+            def body(x: Array, variables: Any) -> tuple[Array, None]:
+                out: Any = one.apply(variables, x)
+                return self.layout.constrain(out, "tile", None, None), None
+
+            x, _ = scan_layers(body, x, variables, self.dtype, self.remat)
+        for layer in range(0 if is_loop else config.layers):
+            x = block(config, self.dtype, self.param_dtype, name=f"blocks_{layer}")(x)
+            x = self.layout.constrain(x, "tile", None, None)
             self.sow("intermediates", "vision_block_out", x)
         if self.is_initializing():
             UnusedPooling(config, self.param_dtype, name="attn_pool")()

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from vl2_jax.config import VL2Config
 from vl2_jax.model.decoder import Cache, Decoder, DecoderOutput
-from vl2_jax.model.layers import Dtype, declare
+from vl2_jax.model.layers import ADAPTERS, ONE_DEVICE, Dtype, Layout, declare
 from vl2_jax.model.moe import Routing
 from vl2_jax.model.projector import Projector
 from vl2_jax.model.vision import VisionTower
@@ -39,12 +39,18 @@ class VL2Model(nn.Module):
     param_dtype: Dtype = jnp.bfloat16
     pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    layout: Layout = ONE_DEVICE
+    remat: bool = False  # for gradients, layers are computed again instead of keeping what is inside of them
+    scan: bool = False  # without a cache, alike layers are one loop: see `layers.scan_layers`
 
     def setup(self) -> None:
         config = self.config
-        self.vision = VisionTower(config.vision_config, self.dtype, self.param_dtype)
+        loops: Any = {"remat": self.remat, "scan": self.scan}
+        self.vision = VisionTower(config.vision_config, self.dtype, self.param_dtype, self.layout, **loops)
         self.projector = Projector(config.projector_config, self.dtype, self.param_dtype)
-        self.language = Decoder(config.language_config, self.dtype, self.param_dtype)
+        self.language = Decoder(
+            config.language_config, self.dtype, self.param_dtype, self.layout, self.remat, self.scan
+        )
         width = config.language_config.hidden_size
         init = nn.initializers.normal(width**-0.5)
         self.image_newline = declare(self, "image_newline", init, (width,), ("embed",), self.param_dtype)
@@ -52,12 +58,13 @@ class VL2Model(nn.Module):
 
     def encode_tiles(self, tiles: UInt8[Array, "I S S 3"]) -> Float[Array, "I M D"]:
         """The tokens of every tile. Pixels travel to the device as bytes and are normalised there."""
+        tiles = self.layout.constrain(tiles, "tile", None, None, None)
         with jax.named_scope("normalise"):
             scaled = divided_by_255(tiles.astype(jnp.float32))
             pixels = (scaled - jnp.asarray(self.pixel_mean)) / jnp.asarray(self.pixel_std)
         features = self.vision(pixels)
         self.sow("intermediates", "vision_out", features)
-        tokens = self.projector(features)
+        tokens = self.layout.constrain(self.projector(features), None, None, None)
         self.sow("intermediates", "projector_out", tokens)
         return tokens
 
@@ -68,13 +75,14 @@ class VL2Model(nn.Module):
         tile_tokens: Float[Array, "I M D"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Rows of text and pictures, merged by one gather from the visual table (`processing.tiling`)."""
-        x = self.language.embed(input_ids)
+        x = self.layout.constrain(self.language.embed(input_ids), "batch", None, None)
         if visual_index is None or tile_tokens is None:
             return x
         layout = jnp.stack([self.image_newline, self.view_separator]).astype(self.dtype)
         table = jnp.concatenate([layout, tile_tokens.reshape(-1, x.shape[-1])])
+        table = self.layout.constrain(table, None, None)
         rows = jnp.take(table, jnp.maximum(visual_index, 0), axis=0)
-        return jnp.where((visual_index >= 0)[..., None], rows, x)
+        return self.layout.constrain(jnp.where((visual_index >= 0)[..., None], rows, x), "batch", None, None)
 
     def decode(
         self,
@@ -127,9 +135,16 @@ class VL2Model(nn.Module):
         return ForwardOutput(self.logits(out.hidden), out.routings)
 
 
-def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None = None) -> Any:
-    """`model`'s method as a pure function of its parameters and arguments."""
-    return model.apply({"params": params}, *arguments, method=method)
+def apply(
+    model: VL2Model, params: Params, *arguments: Any, method: str | None = None, adapters: Params | None = None
+) -> Any:
+    """`model`'s method as a pure function of its parameters and arguments.
+
+    Args:
+      adapters: low-rank factors that are added to parameters of the same place (`training.lora`).
+    """
+    variables = {"params": params} if adapters is None else {"params": params, ADAPTERS: adapters}
+    return model.apply(variables, *arguments, method=method)
 
 
 def divided_by_255(x: Float[Array, ...]) -> Float[Array, ...]:
@@ -160,9 +175,20 @@ def abstract_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Par
     return nn.unbox(abstract_boxed_params(config, param_dtype))
 
 
-def init_params(config: VL2Config, key: Array, param_dtype: Dtype = jnp.float32) -> Params:
-    """Random parameters, initialised as the released classes do (SPEC 2.4, 5.8)."""
+def init_params(config: VL2Config, key: Array, param_dtype: Dtype = jnp.float32, layout: Layout = ONE_DEVICE) -> Params:
+    """Random parameters, each part made where it lies.
+
+    The language model's are as the released classes have them (SPEC 5.8); the tower's and the projector's, which the
+    release only ever loads, have a deviation of 1 / sqrt(fan-in) (LeCun).
+    """
     model = VL2Model(config, param_dtype, param_dtype)
     size = config.vision_config.image_size
     ids, tiles = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, size, size, 3), jnp.uint8)
-    return nn.unbox(jax.jit(lambda key: model.init(key, ids, None, ids, tiles)["params"])(key))
+
+    def init(key: Array) -> Any:
+        boxed = model.init(key, ids, None, ids, tiles)["params"]
+        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
+        return jax.tree.map(lambda leaf: layout.constrain(leaf.value, *leaf.names), boxed, is_leaf=is_box)
+
+    with layout.on_devices():
+        return jax.jit(init)(key)

@@ -57,7 +57,9 @@ class Encoded:
 
     def fingerprints(self) -> np.ndarray:
         """uint64 `[T]`: equal for two positions exactly if they feed the same thing to the model."""
-        tile_hashes = np.array([xxhash.xxh3_64_intdigest(tile) for tile in self.tiles], np.uint64)
+        tile_hashes = np.array(
+            [xxhash.xxh3_64_intdigest(np.ascontiguousarray(tile).data) for tile in self.tiles], np.uint64
+        )
         visual = self.visual_index >= FIRST_TOKEN_ROW
         tile, token = np.divmod(self.visual_index[visual] - FIRST_TOKEN_ROW, self.tokens_per_tile)
         prints = self.input_ids.astype(np.uint64) + (self.visual_index.astype(np.int64) + 1).astype(np.uint64) * 2**32

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.decoders import DecodeStream
 
 from vl2_jax.errors import CheckpointError
+from vl2_jax.files import path_of
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -52,20 +53,23 @@ class Tokenizer:
         Raises:
           CheckpointError: a file is missing or not a tokenizer.
         """
-        directory = Path(directory)
+        directory = path_of(directory)
         path = directory / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(
                 f"{path} does not exist; download the tokenizer files of the model into the same directory."
             )
         try:
-            tokenizer = HfTokenizer.from_file(str(path))
+            tokenizer = HfTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} is not a tokenizer file ({error}); download it again.") from None
         names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
         config_path = directory / TOKENIZER_CONFIG_FILE
         if config_path.is_file():
-            config = json.loads(config_path.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(config_path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{config_path} is not valid JSON ({error}); download it again.") from None
             names |= {key: _content(config[key]) for key in names if config.get(key)}
         return cls(tokenizer, names["bos_token"], names["eos_token"], pad, image)
 

@@ -25,6 +25,7 @@ def expert_ffn(
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
+    spread_over: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N D"]:
     """`sum_j weight[n, j] * down(silu(gate(x[n])) * up(x[n]))` over the experts `expert_ids[n, j]`.
@@ -37,8 +38,11 @@ def expert_ffn(
       gate: gate projections.
       up: up projections.
       down: down projections.
-      expert_ids: the experts of each row, all different within a row.
+      expert_ids: the experts of each row, all different within a row; `E` is an expert that is not here and gives
+        nothing.
       combine_weights: float32 weights of the experts' outputs.
+      spread_over: how many experts share the rows, those that are not here included; by default E. It chooses block
+        sizes and changes no result.
       implementation: "pallas_tpu" is the kernel, "xla" a loop over blocks of rows, "reference" every expert on every
         row, for tests. `None` is the kernel where the program is compiled for a TPU and the kernel takes the dtype and
         the shape (`pallas_tpu.supports`), else "xla".
@@ -50,21 +54,23 @@ def expert_ffn(
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
     if implementation is None and not _kernel_supports(x, gate):
         implementation = "xla"
-    return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation)
+    return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over or gate.shape[0])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation):
-    return _forward(x, gate, up, down, expert_ids, combine_weights, implementation)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over):
+    return _forward(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over)[0]
 
 
-def _forward(x, gate, up, down, expert_ids, combine_weights, implementation):
+def _forward(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over):
     arguments = (x, gate, up, down, expert_ids, combine_weights)
-    return _choose(implementation, _kernel, xla.expert_ffn)(*arguments), arguments
+    plain = partial(xla.expert_ffn, spread_over=spread_over)
+    return _choose(implementation, partial(_kernel, spread_over=spread_over), plain)(*arguments), arguments
 
 
-def _backward(implementation, arguments, dout):
-    gradients = _choose(implementation, _kernel_backward, xla.backward)(*arguments, dout)
+def _backward(implementation, spread_over, arguments, dout):
+    plain = partial(xla.backward, spread_over=spread_over)
+    gradients = _choose(implementation, _kernel_backward, plain)(*arguments, dout)
     return (*gradients[:4], None, gradients[4])
 
 
@@ -79,10 +85,10 @@ def _kernel_supports(x, gate):
     return pallas_tpu.supports(x, gate)
 
 
-def _kernel(*arguments):
+def _kernel(*arguments, spread_over):
     from vl2_jax.ops.expert_ffn import pallas_tpu
 
-    return pallas_tpu.expert_ffn(*arguments)
+    return pallas_tpu.expert_ffn(*arguments, spread_over=spread_over)
 
 
 def _kernel_backward(*arguments):

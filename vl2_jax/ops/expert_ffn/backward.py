@@ -8,6 +8,8 @@ R rows, one a (token, slot) pair, ordered by expert. With y the output of a row'
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,6 +33,8 @@ def backward(
     def transposed_product(rows, drows):
         return grouped_transposed_matmul(rows, drows, sizes, implementation=implementation)
 
+    exists = (jnp.arange(len(routing.pairs)) < sizes.sum())[:, None]  # the rest is of experts that are not here
+
     with jax.named_scope("gather"):
         rows, drows = x[token], dout.astype(x.dtype)[token]
         weight = routing.weights[routing.pairs][:, None]
@@ -42,13 +46,14 @@ def backward(
         dgated, dupped = hidden_vjp((wide * weight).astype(x.dtype))
         dx_rows = product(dgated, gate, transpose_rhs=True).astype(jnp.float32)
         dx_rows += product(dupped, up, transpose_rhs=True).astype(jnp.float32)
+        dx_rows = jnp.where(exists, dx_rows, 0)  # products of rows of no group are never written
     with jax.named_scope("gradients_of_kernels"):
         weighted = (hidden.astype(jnp.float32) * weight).astype(x.dtype)
         dgate, dup, ddown = (
             transposed_product(left, right) for left, right in ((rows, dgated), (rows, dupped), (weighted, drows))
         )
     with jax.named_scope("combine"):
-        dweight = (hidden.astype(jnp.float32) * wide).sum(axis=-1)
+        dweight = jnp.where(exists, hidden.astype(jnp.float32) * wide, 0).sum(axis=-1)
         place = jnp.argsort(token * k + slot).reshape(tokens, k)  # of every (token, slot) among the rows
-        dx = sum(dx_rows[place[:, j]] for j in range(k))
+        dx = functools.reduce(jnp.add, (dx_rows[place[:, j]] for j in range(k)))
     return dx.astype(x.dtype), dgate, dup, ddown, dweight[place].astype(combine_weights.dtype)

@@ -44,6 +44,7 @@ def supports(x: Array, gate: Array, chip: Chip | None = None) -> bool:
     return choose_tiling(chip or chip_of_mesh(), 16, width, expert_width, experts, 1) is not None
 
 
+@functools.partial(jax.jit, static_argnames=("spread_over", "tiling"))  # lowered once, however many layers
 def expert_ffn(
     x: Float[Array, "N D"],
     gate: Float[Array, "E D F"],
@@ -52,6 +53,7 @@ def expert_ffn(
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
+    spread_over: int | None = None,
     tiling: Tiling | None = None,
 ) -> Float[Array, "N D"]:
     """See `api.expert_ffn`. No gradient of its own: `api` pairs it with `backward`.
@@ -60,7 +62,7 @@ def expert_ffn(
       tiling: by default the table's for the mesh being compiled for.
     """
     (tokens, width), (experts, _, expert_width), k = x.shape, gate.shape, expert_ids.shape[1]
-    tiling = tiling or choose_tiling(chip_of_mesh(), tokens, width, expert_width, experts, k)
+    tiling = tiling or choose_tiling(chip_of_mesh(), tokens, width, expert_width, spread_over or experts, k)
     assert tiling is not None, "ask `supports` first"
     padded = round_up(tokens, 16)
     x = jnp.pad(x, ((0, padded - tokens), (0, 0)))
@@ -98,11 +100,14 @@ class Ordered(NamedTuple):
 def order_by_expert(
     expert_ids: Int[Array, "N k"], combine_weights: Float[Array, "N k"], experts: int, slack: int
 ) -> Ordered:
-    """One sort of integers that hold expert and pair, and one comparison: scatters and `bincount` cost 100 us more."""
+    """One sort of integers that hold expert and pair, and one comparison: scatters and `bincount` cost 100 us more.
+
+    Pairs of the expert that is not here (`experts`) come last and are counted nowhere.
+    """
     tokens, k = expert_ids.shape
     slot_bits = bits_of(k)
     pair_bits = slot_bits + bits_of(tokens)
-    if pair_bits + bits_of(experts) > 31:
+    if pair_bits + bits_of(experts + 1) > 31:
         raise ValueError(f"{tokens} tokens x {experts} experts do not fit in 31 bits; use a smaller chunk.")
     pair = (jnp.arange(tokens, dtype=jnp.int32) << slot_bits)[:, None] | jnp.arange(k, dtype=jnp.int32)
     keys = jnp.sort(((expert_ids.astype(jnp.int32) << pair_bits) | pair).ravel())

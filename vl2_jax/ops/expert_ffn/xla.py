@@ -22,13 +22,12 @@ def expert_ffn(
     down: Float[Array, "E F D"],
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
+    *,
+    spread_over: int | None = None,
 ) -> Float[Array, "N D"]:
     k = expert_ids.shape[1]
-    block, blocks, order = _blocks_of(expert_ids, gate.shape[0])
+    block, blocks, order = _blocks_of(expert_ids, gate.shape[0], spread_over)
     weights = combine_weights.astype(jnp.float32).ravel()
-
-    # A block costs what its height costs, full or not, so it takes the lowest of a few heights that holds its rows.
-    heights = (block,) if block < 64 else (block // 2, block * 3 // 4, block * 7 // 8, block)
 
     def body(number, out):
         g, u, d = _kernels(gate, up, down, blocks.group[number])
@@ -40,36 +39,48 @@ def expert_ffn(
             result = (hidden @ d).astype(jnp.float32) * jnp.where(valid, weights[pair], 0)[:, None]
             return out.at[token].add(result)
 
-        lowest = (blocks.stop[number] - blocks.start[number] > jnp.asarray(heights[:-1], jnp.int32)).sum()
-        return jax.lax.switch(lowest, [partial(of_height, height) for height in heights], out)
+        return _at_lowest_height(block, blocks.stop[number] - blocks.start[number], of_height, out)
 
     out = jax.lax.fori_loop(0, blocks.existing, body, jnp.zeros(x.shape, jnp.float32))
     return out.astype(x.dtype)
 
 
-def backward(x, gate, up, down, expert_ids, combine_weights, dout):
+def backward(x, gate, up, down, expert_ids, combine_weights, dout, *, spread_over=None):
     """Gradients of all arguments but `expert_ids`, from the gradient of the result."""
     tokens, k = expert_ids.shape
-    block, blocks, order = _blocks_of(expert_ids, gate.shape[0])
+    block, blocks, order = _blocks_of(expert_ids, gate.shape[0], spread_over)
     weights = combine_weights.astype(jnp.float32).ravel()
     dout = dout.astype(jnp.float32)
 
     def body(number, grads):
         dx, dgate, dup, ddown, dweights = grads
+        g, u, d = _kernels(gate, up, down, blocks.group[number])
+
+        def of_height(height, _):
+            _, pair, token, valid = _rows_of_block(blocks, order, number, height, k)
+            rows, drows = x[token], dout[token]
+            hidden, hidden_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, rows @ g, rows @ u)
+            weight = jnp.where(valid, weights[pair], 0)[:, None]
+            # The weight's gradient is <hidden @ d, dout> = <hidden, dout @ d.T>, whose product is needed anyway.
+            dhidden = (drows.astype(x.dtype) @ d.T).astype(jnp.float32)
+            dgated, dupped = hidden_vjp((dhidden * weight).astype(x.dtype))
+            dresult = (drows * weight).astype(x.dtype)
+            drows = (dgated @ g.T + dupped @ u.T).astype(jnp.float32)
+            dweight = (hidden.astype(jnp.float32) * dhidden).sum(-1)
+            rest = block - height
+            kernels = rows.T @ dgated, rows.T @ dupped, hidden.T @ dresult
+            return jnp.pad(drows, ((0, rest), (0, 0))), *kernels, jnp.pad(dweight, (0, rest))
+
+        rows = blocks.stop[number] - blocks.start[number]
+        # The kernels' gradients are added to outside of the choice of a height: carried through it, they are copied.
+        drows, dg, du, dd, dweight = _at_lowest_height(block, rows, of_height, None)
         expert, pair, token, valid = _rows_of_block(blocks, order, number, block, k)
-        rows = x[token]
-        g, u, d = _kernels(gate, up, down, expert)
-        hidden, hidden_vjp = jax.vjp(lambda a, b: jax.nn.silu(a) * b, rows @ g, rows @ u)
-        weight = jnp.where(valid, weights[pair], 0)[:, None]
-        dresult = (dout[token] * weight).astype(x.dtype)
-        dgated, dupped = hidden_vjp(dresult @ d.T)
-        output = (hidden @ d).astype(jnp.float32)
         return (
-            dx.at[token].add((dgated @ g.T + dupped @ u.T).astype(jnp.float32)),
-            dgate.at[expert].add((rows.T @ dgated).astype(jnp.float32)),
-            dup.at[expert].add((rows.T @ dupped).astype(jnp.float32)),
-            ddown.at[expert].add((hidden.T @ dresult).astype(jnp.float32)),
-            dweights.at[jnp.where(valid, pair, tokens * k)].set((output * dout[token]).sum(-1), mode="drop"),
+            dx.at[token].add(drows),
+            dgate.at[expert].add(dg.astype(jnp.float32)),
+            dup.at[expert].add(du.astype(jnp.float32)),
+            ddown.at[expert].add(dd.astype(jnp.float32)),
+            dweights.at[jnp.where(valid, pair, tokens * k)].set(dweight, mode="drop"),
         )
 
     zeros = tuple(jnp.zeros(a.shape, jnp.float32) for a in (x, gate, up, down, weights))
@@ -81,6 +92,16 @@ def backward(x, gate, up, down, expert_ids, combine_weights, dout):
         ddown.astype(down.dtype),
         dweights.reshape(tokens, k).astype(combine_weights.dtype),
     )
+
+
+def _at_lowest_height(block, rows, of_height, carried):
+    """`of_height(height, carried)` of the lowest of a few heights that holds a block's rows.
+
+    A block costs what its height costs, full or not.
+    """
+    heights = (block,) if block < 64 else (block // 2, block * 3 // 4, block * 7 // 8, block)
+    lowest = (rows > jnp.asarray(heights[:-1], jnp.int32)).sum()
+    return jax.lax.switch(lowest, [partial(of_height, height) for height in heights], carried)
 
 
 def _kernels(gate, up, down, expert):
@@ -99,10 +120,12 @@ def _kernels(gate, up, down, expert):
     return take(gate), take(up), take(down)
 
 
-def _blocks_of(expert_ids: Int[Array, "N k"], experts: int) -> tuple[int, Blocks, Int[Array, " N*k"]]:
-    """Rows in a block, the blocks, and the (token, slot) pairs sorted by expert."""
+def _blocks_of(
+    expert_ids: Int[Array, "N k"], experts: int, spread_over: int | None
+) -> tuple[int, Blocks, Int[Array, " N*k"]]:
+    """Rows in a block, the blocks, and the (token, slot) pairs sorted by expert; those of no expert come last."""
     pairs = expert_ids.size
-    block = block_rows(pairs, experts)
+    block = block_rows(pairs, spread_over or experts)
     counts = jnp.bincount(expert_ids.ravel(), length=experts)
     return block, cut_into_blocks(counts, pairs, block), jnp.argsort(expert_ids.ravel(), stable=True)
 

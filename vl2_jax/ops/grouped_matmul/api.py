@@ -31,7 +31,7 @@ def grouped_matmul(
     Args:
       lhs: rows, those of group 0 first.
       rhs: a matrix a group; `[G, M, K]` with `transpose_rhs`.
-      group_sizes: rows of each group; they add up to N.
+      group_sizes: rows of each group. Rows past the last group get anything.
       transpose_rhs: multiply with the transposed matrices.
       implementation: `None` is the kernel where the program is compiled for a TPU and the kernel takes it, else "xla".
     """

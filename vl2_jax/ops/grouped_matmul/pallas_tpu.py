@@ -51,8 +51,8 @@ def plan_visits(group_sizes: Int[Array, " G"], rows: int, height: int, *, every_
     begins = ends - group_sizes
     tiles = jnp.where(group_sizes > 0, (ends - 1) // height - begins // height + 1, int(every_group))
     visit_ends = jnp.cumsum(tiles)
-    number = jnp.minimum(jnp.arange(-(-rows // height) + groups), visit_ends[-1] - 1)
-    group = (visit_ends[None, :] <= number[:, None]).sum(axis=1, dtype=jnp.int32)
+    number = jnp.minimum(jnp.arange(-(-rows // height) + groups), jnp.maximum(visit_ends[-1] - 1, 0))
+    group = jnp.minimum((visit_ends[None, :] <= number[:, None]).sum(axis=1, dtype=jnp.int32), groups - 1)
     tile = begins[group] // height + number - (visit_ends - tiles)[group]
     last = -(-rows // height) - 1
     as_int = functools.partial(jnp.asarray, dtype=jnp.int32)

@@ -1,0 +1,16 @@
+"""TPU kernels on a CPU."""
+
+from functools import partial
+
+import jax
+from jax.experimental.pallas import tpu as pltpu
+
+
+def interpreted(function, *arguments, **options):
+    """`function`, whose kernels Python interprets: as one program, and waited for.
+
+    An interpreted kernel calls back into Python, which computes with jax. Anything else that is computed at that moment
+    may wait for it, and it for that.
+    """
+    with pltpu.force_tpu_interpret_mode():  # uninitialised memory reads as NaN, reads out of bounds raise
+        return jax.block_until_ready(jax.jit(partial(function, **options))(*arguments))

@@ -1,0 +1,86 @@
+"""Reading a compiled program's collectives."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from vl2_jax.planning.collectives import axes_of, find_collectives
+
+
+@dataclass
+class Mesh:
+    """What is asked of a mesh of 2 x 4."""
+
+    axis_names = ("expert", "tensor")
+    shape = {"expert": 2, "tensor": 4}  # noqa: RUF012
+    devices = np.zeros((2, 4))
+    size = 8
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("tensor",)),
+        ("replica_groups=[2,4]<=[8]", ("tensor",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("expert",)),
+        ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("expert",)),
+        ("replica_groups=[1,8]<=[8]", ("expert", "tensor")),
+        ("replica_groups={{0,5},{1,4},{2,7},{3,6}}", ("?",)),
+    ],
+)
+def test_groups_become_axes(groups, axes):
+    assert axes_of(f"%x), {groups}, dimensions={{0}}", Mesh()) == axes
+
+
+def test_what_a_loop_does_counts_as_often_as_it_goes_round():
+    text = """
+%five (p: (s32[])) -> pred[] {
+  %k = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %k), direction=LT
+}
+
+%three (p: (s32[])) -> pred[] {
+  %k = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i, %k), direction=LT
+}
+
+%unknown (p: (s32[])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%body.1 (p: (bf16[8])) -> (bf16[8]) {
+  %g = bf16[8]{0} all-gather(%a), channel_id=1, replica_groups=[2,4]<=[8]
+}
+
+%outer.2 (p: (bf16[8])) -> (bf16[8]) {
+  %w = (bf16[8]) while(%t), condition=%five, body=%body.1
+}
+
+%other.3 (p: (bf16[8])) -> (bf16[8]) {
+  %g = bf16[8]{0} all-gather(%a), channel_id=3, replica_groups=[2,4]<=[8]
+}
+
+ENTRY %main (p: bf16[8]) -> bf16[8] {
+  %x = (bf16[8]) while(%t), condition=%three, body=%outer.2
+  %z = (bf16[8]) while(%t), condition=%unknown, body=%other.3
+  %y = bf16[8]{0} all-gather(%a), channel_id=2, replica_groups=[2,4]<=[8]
+}
+"""
+    (gather,) = find_collectives(text, Mesh())
+    assert gather.number == 17
+
+
+def test_asynchronous_pieces_count_once_and_sizes_are_bytes():
+    name = 'metadata={op_name="jit(f)/layers_1/mlp/routed_experts/all_gather"}'
+    line = f"all-gather(%a), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), {name}"
+    text = "\n".join(
+        [
+            f"  %g = bf16[32,1,2560]{{2,1,0}} {line}",
+            f"  %g.2 = bf16[32,1,2560]{{2,1,0}} {line}",
+            "  %s = f32[4]{0} reduce-scatter(%b), channel_id=4, replica_groups=[2,4]<=[8]",
+        ]
+    )
+    gather, scatter = find_collectives(text, Mesh())
+    assert gather == ("all-gather", ("expert",), 32 * 2560 * 2, 1, "routed_experts")
+    assert scatter == ("reduce-scatter", ("tensor",), 4 * 4 * 4, 1, "rest")

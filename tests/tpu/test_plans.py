@@ -1,0 +1,60 @@
+"""The whole model on real slices: it fits, and what crosses the network is what should: `make tpu`."""
+
+import pytest
+
+from vl2_jax.config import VL2Config
+from vl2_jax.errors import MeshError
+from vl2_jax.planning.plan import Plan, make_plan, search
+
+SMALL = 0.01e6  # bytes: sampling and loop conditions stay below
+
+# Every collective of a decode step that moves more than a few numbers: (kind, along, part of the model).
+RING = {("all-gather", ("expert",), "routed_experts")}
+# The compiler makes a reduce-scatter of few rows an all-reduce and a slice, and forgets then where it came from.
+SCATTER = {
+    ("reduce-scatter", ("expert",), "routed_experts"),
+    ("all-reduce", ("expert",), "routed_experts"),
+    ("all-reduce", ("expert",), "rest"),
+}
+TENSOR = {("all-reduce", ("tensor",), part) for part in ("self_attn", "routed_experts", "mlp")}
+EMBEDDING = {("all-reduce", ("expert", "tensor"), "embed"), ("all-reduce", ("tensor",), "embed")}
+GOLDEN = {
+    ("vl2-tiny", "v5e:1x1"): (set(), set()),
+    ("vl2-small", "v5e:2x4"): (RING, SCATTER),
+    ("vl2-small", "v6e:2x2"): (RING, SCATTER),
+    ("vl2-base", "v5e:4x4"): (RING | TENSOR, SCATTER | EMBEDDING),
+    ("vl2-base", "v5p:2x2x1"): (RING | TENSOR, SCATTER | EMBEDDING),
+}
+
+
+@pytest.mark.parametrize(("model", "topology"), GOLDEN)
+def test_decoding_fits_and_only_tokens_cross_the_network(model, topology):
+    mesh = "expert=8,tensor=2" if topology == "v5e:4x4" else "auto"
+    plan = make_plan(model, VL2Config.preset(model), topology, "decode", batch=32, context=4096, mesh=mesh)
+    assert plan.fits
+    assert plan.over == 0
+    assert sum(plan.memory.values()) < plan.limit
+    found = {(c.kind, c.axes, c.what) for c in plan.collectives if c.size > SMALL}
+    always, may = GOLDEN[model, topology]
+    assert always <= found <= always | may
+    # Rows of all sequences are the most that travels: no weight is ever gathered.
+    width = VL2Config.preset(model).language_config.hidden_size
+    assert all(c.size <= 32 * width * 2 for c in plan.collectives)
+    # The cache is updated in place. A call of many steps may lay it out in another way once, never several times.
+    assert plan.memory["temporaries"] < 0.75e9 + 1.05 * plan.memory["cache"]
+
+
+def test_a_model_that_is_too_large_is_told_by_how_much():
+    plan = make_plan("vl2-tiny", VL2Config.preset("vl2-tiny"), "v5e:1x1", "decode", batch=64, context=4096)
+    assert not plan.fits
+    assert 1e9 < plan.over < 20e9
+
+
+def test_a_search_finds_the_smallest_slice():
+    told = []
+    config = VL2Config.preset("vl2-tiny")
+    plan = search("vl2-tiny", config, ["v5e"], "decode", 8, 1024, told.append)
+    assert isinstance(plan, Plan)
+    assert plan.topology == "v5e:1x1"
+    with pytest.raises(MeshError, match="no TPU slice 'v5e:3x3'; choose one of"):
+        make_plan("vl2-tiny", config, "v5e:3x3", "decode", 8, 1024)

@@ -1,0 +1,162 @@
+"""The programs that a plan compiles: those that inference and training run, with shapes instead of arrays.
+
+B sequences, S cache slots, C positions of a prefill chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.weight_map import unflatten
+from vl2_jax.config import LanguageConfig, VL2Config
+from vl2_jax.inference import generate
+from vl2_jax.inference.sampling import Sampler, SamplingOptions
+from vl2_jax.model.decoder import init_cache
+from vl2_jax.model.vl2 import VL2Model
+from vl2_jax.sharding.layout import MeshLayout
+from vl2_jax.sharding.rules import abstract_sharded_params, sharding_of
+from vl2_jax.training.flops import costs_of, training_costs
+from vl2_jax.training.packing import PackedBatch
+from vl2_jax.training.recipe import ModelRecipe, Recipe
+from vl2_jax.training.step import abstract_state, make_step
+
+Purpose = Literal["decode", "prefill", "train"]
+
+_CHUNK = 512
+_TILES_A_ROW = 7  # of a training batch: a picture of 2 x 3 tiles and its global view a sequence
+
+
+# A full fine-tune as large models are trained: float32 weights and optimiser states, bfloat16 arithmetic.
+_FULL = Recipe(model=ModelRecipe(dtype="bfloat16", remat=True, scan=True))
+
+
+@dataclass(frozen=True)
+class Program:
+    """Something to compile.
+
+    Attributes:
+      lower: traces it; to be called in the layout's context.
+      kinds: bytes that one device holds, by what they are.
+      flops: operations of one device beside those that XLA counts: of the routed experts, which are inside of a kernel;
+        of training all of them, since XLA counts the body of a loop once.
+      moved: HBM bytes of one device, at least.
+      model_flops: of training, those that the model needs (`training.flops`); what is computed again is not among them.
+    """
+
+    lower: Callable[[], Any]
+    kinds: dict[str, int]
+    flops: float
+    moved: float
+    model_flops: float = 0.0
+
+
+def build(
+    purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: int, context: int, recipe: Recipe | None = None
+) -> Program:
+    """One decode step, one prefill chunk or one update of `batch` sequences of `context` positions."""
+    if purpose == "train":
+        return _train(config, layout, batch, context, recipe or _FULL)
+    return _inference(purpose, config, layout, batch, context)
+
+
+def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: int, context: int) -> Program:
+    language = config.language_config
+    model = VL2Model(config, jnp.bfloat16, jnp.bfloat16, layout=layout)
+    flat = abstract_sharded_params(config, layout.mesh, jnp.bfloat16)
+    params = unflatten(flat)
+
+    def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(layout.mesh, shape, axes))
+
+    rows = jax.eval_shape(lambda: init_cache(language, batch, context, jnp.bfloat16))
+    axes = ("batch", None, None) if language.use_mla else ("batch", "heads", None, None)
+    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes), rows)
+    kinds = weight_kinds(flat) | {"cache": _bytes(jax.tree.leaves(cache))}
+    if purpose == "prefill":
+        chunk = min(_CHUNK, context)
+        x = array((batch, chunk, language.hidden_size), jnp.bfloat16, "batch", None, None)
+        hidden = array((batch, language.hidden_size), jnp.bfloat16, None, None)
+        last = array((batch,), jnp.int32, None)
+        flops = _expert_flops(language, batch * chunk, layout)
+        lower = lambda: generate.prefill_chunk.lower(model, params, x, cache, hidden, np.int32(0), last)  # noqa: E731
+        return Program(lower, kinds, flops, _moved(language, kinds, batch * chunk))
+    vocabulary = language.vocab_size
+    tokens, positions, steps_taken = (array((batch,), jnp.int32, "batch") for _ in range(3))
+    ended = array((batch,), jnp.bool_, "batch")
+    seen = array((batch, vocabulary), jnp.bool_, "batch", None)
+    state = generate.DecodeState(cache, tokens, positions, steps_taken, ended, seen)
+    sampler = Sampler.of(SamplingOptions(), vocabulary)
+    done, steps, eos = np.zeros(batch, bool), np.int32(1), np.int32(1)
+    lower = lambda: generate.decode_steps.lower(model, params, state, done, steps, sampler, eos, True)  # noqa: E731
+    return Program(lower, kinds, _expert_flops(language, batch, layout), _moved(language, kinds, batch))
+
+
+def _train(config: VL2Config, layout: MeshLayout, batch: int, context: int, recipe: Recipe) -> Program:
+    model = VL2Model(
+        config,
+        jnp.dtype(recipe.model.dtype),
+        jnp.dtype(recipe.model.param_dtype),
+        layout=layout,
+        remat=recipe.model.remat,
+        scan=recipe.model.scan,
+    )
+    flat = abstract_sharded_params(config, layout.mesh, jnp.dtype(recipe.model.param_dtype))
+    state = abstract_state(recipe, flat)
+    size = config.vision_config.image_size
+    tiles = math.ceil(batch * _TILES_A_ROW / layout.devices) * layout.devices
+
+    def array(shape: tuple[int, ...], dtype: Any, axis: str) -> Any:
+        names = (None, axis, *[None] * (len(shape) - 2))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(layout.mesh, shape, names))
+
+    pieces = recipe.optimizer.accumulate
+    rows = array((pieces, batch, context), jnp.int32, "batch")
+    packed = PackedBatch(rows, rows, rows, rows, rows, array((pieces, tiles, size, size, 3), jnp.uint8, "tile"))
+    kinds = weight_kinds(flat)
+    kinds["optimiser states"] = _bytes(jax.tree.leaves(state.optimizer))
+    kinds["batch"] = _bytes(jax.tree.leaves(packed))
+    in_rows = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sequence_length=context))
+    positions, tiles = pieces * batch * context, pieces * tiles
+    needed = training_costs(config, in_rows).of(positions, tiles) / layout.devices
+    again = costs_of(config).forward(positions, context, tiles) / layout.devices if recipe.model.remat else 0.0
+    moved = 4 * sum(kinds.values())
+    step: Any = make_step(model, recipe, state)
+    return Program(lambda: step.lower(state, packed), kinds, needed + again, moved, needed)
+
+
+def weight_kinds(flat: dict[str, jax.ShapeDtypeStruct]) -> dict[str, int]:
+    """Bytes of one device's weights, by part."""
+    kinds = {"routed experts": 0, "other language weights": 0, "vision and projector": 0}
+    for path, leaf in flat.items():
+        kind = "other language weights" if path.startswith("language/") else "vision and projector"
+        kinds["routed experts" if "/experts_" in path else kind] += _bytes([leaf])
+    return kinds
+
+
+def _bytes(leaves: list[Any]) -> int:
+    """Of one device."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def _expert_flops(language: LanguageConfig, tokens: int, layout: MeshLayout) -> float:
+    """Multiplications and additions of the routed experts on one device, spread evenly."""
+    if not language.n_routed_experts:
+        return 0.0
+    layers = sum(language.is_moe_layer(i) for i in range(language.num_hidden_layers))
+    each = 6 * language.hidden_size * (language.moe_intermediate_size or 0) * (language.num_experts_per_tok or 0)
+    return layers * tokens * each / layout.devices
+
+
+def _moved(language: LanguageConfig, kinds: dict[str, int], tokens: int) -> float:
+    """HBM bytes of one pass at least: the experts that some token chose, the other weights and the cache, once."""
+    experts, k = language.n_routed_experts or 1, language.num_experts_per_tok or 1
+    hit = 1 - (1 - k / experts) ** tokens
+    return kinds["routed experts"] * hit + kinds["other language weights"] + kinds["cache"]
