@@ -1,11 +1,12 @@
-"""Prefill, decoding and vision on a CPU against PyTorch, in one run: same weights, same inputs, float32.
+"""Prefill, decoding, vision and training on a CPU against PyTorch, in one run: same weights, same inputs, float32.
 
     make peers                                  # once: installs PyTorch and transformers
-    .venv/bin/python benchmarks/cpu.py [--rounds 5] [--threads 2]
+    .venv/bin/python benchmarks/cpu.py [--rounds 5] [--threads 2] [--work training]
 
 The peers are `transformers`' SiglipVisionModel and DeepseekV2ForCausalLM, the latter with its expert
-implementations. The parties take turns round by round, so that a machine that slows down slows both; what is printed
-is the best round of each and the ratio of the bests. Shapes: see `SHAPE`.
+implementations. A training step is a loss, its gradients and an AdamW update. The parties take turns round by round,
+so that a machine that slows down slows both; what is printed is the best round of each and the ratio of the bests.
+Shapes: see `SHAPE`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ Party = Callable[[], float]
 OURS = "vl2-jax"
 _TOO_SLOW = 20.0  # seconds; such a party is not asked again
 PROMPT, NEW_TOKENS, TILES = 1087, 32, 2
-WORK = {"prefill": (PROMPT, "tokens/s"), "decode": (NEW_TOKENS, "tokens/s"), "vision": (TILES, "tiles/s")}
+ROWS, ROW = 8, 256  # of a training step
+WORK = {
+    "prefill": (PROMPT, "tokens/s"),
+    "decode": (NEW_TOKENS, "tokens/s"),
+    "vision": (TILES, "tiles/s"),
+    "training": (ROWS * ROW, "tokens/s"),
+}
 SHAPE = {
     "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "moe_intermediate_size": 352,
     "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8, "n_shared_experts": 2,
@@ -45,10 +52,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="measure the parties whose name holds this")
+    parser.add_argument("--work", choices=WORK, help="measure this alone")
     options = parser.parse_args()
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[: options.threads]))
     os.environ["JAX_PLATFORMS"] = "cpu"
-    parties = {key: run for key, run in all_parties(options.threads).items() if options.only in key[1]}
+    parties = {
+        key: run
+        for key, run in all_parties(options.threads).items()
+        if options.only in key[1] and options.work in (None, key[0])
+    }
     best: dict[tuple[str, str], float] = {}
     for round_ in range(options.rounds + 1):
         for key, run in list(parties.items()):
@@ -59,8 +71,9 @@ def main() -> None:
                 print(f"{key[1]}: {key[0]} took {seconds:.0f} s; measured once")
                 del parties[key]
     for work, (amount, unit) in WORK.items():
-        print(f"\n{work}")
         rows = sorted((seconds, party) for (kind, party), seconds in best.items() if kind == work)
+        if rows:
+            print(f"\n{work}")
         for seconds, party in rows:
             ratio = f"   {OURS} is {seconds / best[work, OURS]:5.2f} x" if (work, OURS) in best else ""
             print(f"  {party:28} {amount / seconds:9.1f} {unit}{ratio}")
@@ -122,7 +135,52 @@ def our_parties(config: VL2Config, params: Params) -> dict[tuple[str, str], Part
     def vision() -> float:
         return seconds_of(lambda: jax.block_until_ready(generator.encode_tiles(tiles)))
 
-    return {("prefill", OURS): prefill, ("decode", OURS): decode, ("vision", OURS): vision}
+    training = our_training(config, params)
+    return {
+        ("prefill", OURS): prefill,
+        ("decode", OURS): decode,
+        ("vision", OURS): vision,
+        ("training", OURS): training,
+    }
+
+
+def our_training(config: VL2Config, params: Params) -> Party:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vl2_jax.model.vl2 import VL2Model
+    from vl2_jax.processing.batch import TEXT
+    from vl2_jax.training.packing import PackedBatch
+    from vl2_jax.training.recipe import ObjectiveRecipe, OptimizerRecipe, Recipe
+    from vl2_jax.training.step import init_state, make_step
+
+    optimizer = OptimizerRecipe(learning_rate=1e-5, frozen=("vision/*", "projector/*"))
+    recipe = Recipe(objective=ObjectiveRecipe(balance_loss=0.0), optimizer=optimizer)
+    ids = training_ids()[None]
+    ones, places = np.ones_like(ids), np.broadcast_to(np.arange(ROW, dtype=np.int32), ids.shape)
+    no_tiles = np.zeros((1, 0, VISION["image_size"], VISION["image_size"], 3), np.uint8)
+    batch = PackedBatch(ids, ids, ones, places, np.full_like(ids, TEXT), no_tiles)
+    update = make_step(VL2Model(config, jnp.float32, jnp.float32), recipe)
+    state: list[Any] = []
+
+    def step() -> float:
+        if not state:  # here, so that nothing is held for a party that is not asked
+            state.append(init_state(recipe, jax.tree.map(jnp.copy, params)))
+
+        def once() -> None:
+            state[0], metrics = update(state[0], batch)
+            jax.block_until_ready((state[0], metrics))
+
+        return seconds_of(once)
+
+    return step
+
+
+def training_ids() -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (ROWS, ROW), np.int32)
 
 
 def torch_parties(config: VL2Config, params: Params, threads: int) -> dict[tuple[str, str], Party]:
@@ -135,6 +193,7 @@ def torch_parties(config: VL2Config, params: Params, threads: int) -> dict[tuple
     tensors = released_tensors(config, params)
     tower, pixels = vision_tower(config, tensors), torch.rand(TILES, 3, VISION["image_size"], VISION["image_size"])
     ids = torch.arange(PROMPT)[None] * 7 % SHAPE["vocab_size"]
+    rows = torch.from_numpy(training_ids()).long()
     parties: dict[tuple[str, str], Party] = {("vision", "SiglipVisionModel"): lambda: seconds_of(lambda: tower(pixels))}
 
     def prefill(model: Any) -> float:
@@ -150,6 +209,18 @@ def torch_parties(config: VL2Config, params: Params, threads: int) -> dict[tuple
 
         return seconds_of(steps)
 
+    def training(model: Any, optimizers: list[Any]) -> float:
+        if not optimizers:
+            optimizers.append(torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True))
+
+        def once() -> None:
+            model(rows, labels=rows).loss.backward()
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+
+        with torch.enable_grad():
+            return seconds_of(once)
+
     for experts in EXPERT_LOOPS:
         model = decoder(config.language_config, tensors, experts_implementation=experts, attn_implementation="sdpa")
         name = f"transformers, {experts}"
@@ -159,6 +230,7 @@ def torch_parties(config: VL2Config, params: Params, threads: int) -> dict[tuple
             print(f"{name} cannot run here: {str(error).splitlines()[0]:.100}")
             continue
         parties["prefill", name], parties["decode", name] = partial(prefill, model), partial(decode, model)
+        parties["training", name] = partial(training, model, [])
     return parties
 
 

@@ -19,7 +19,8 @@ from convert.weight_map import flatten
 from tests.conftest import GOLDENS
 from vl2_jax.errors import CheckpointError, ConfigError
 from vl2_jax.training.data import batches
-from vl2_jax.training.loop import TrainingError, export_run, train
+from vl2_jax.training.export import export_run
+from vl2_jax.training.loop import TrainingError, train
 from vl2_jax.training.optimizer import is_trained, optimizer_of, schedule_of
 from vl2_jax.training.recipe import OptimizerRecipe, read_recipe
 from vl2_jax.training.step import balanced, init_state, make_step
@@ -82,7 +83,7 @@ def test_the_trained_model_loads_back_with_the_same_logits(whole_run, tmp_path):
     _, folder, run = whole_run
     assert export_run(folder, tmp_path / "model", silent, dtype="float32") == 8
     trained = vl2_jax.load(tmp_path / "model", dtype="float32")
-    before = vl2_jax.VL2(run.model.config, run.state.params, run.processor, "float32")
+    before = vl2_jax.VL2(run.model.config, run.params, run.processor, "float32")
     conversation = [{"role": "user", "content": "And this?"}, {"role": "assistant", "content": ""}]
     batch = run.processor(conversation)
     np.testing.assert_array_equal(trained.logits(batch), before.logits(batch))
@@ -202,6 +203,33 @@ def test_the_vision_tower_learns_at_its_own_rate_and_vectors_do_not_decay():
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     np.testing.assert_allclose([updates[n].ravel()[0] for n in params], [-0.05, -0.5, 0.0], rtol=1e-6)
+
+
+def test_muon_makes_updates_of_hidden_matrices_orthogonal_each_expert_by_itself():
+    random = np.random.default_rng(0)
+    shapes = {"language/mlp/experts_up": (3, 32, 16), "language/o/kernel": (16, 32), "language/embed_tokens": (16, 32)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()} | {"language/scale": jnp.zeros(16)}
+    gradients = {name: jnp.asarray(random.standard_normal(a.shape), jnp.float32) for name, a in params.items()}
+    updates = {}
+    for kind in ("adamw", "muon"):
+        optimizer = optimizer_of(OptimizerRecipe(kind=kind, learning_rate=1.0, weight_decay=0.0, clip=1e9), 10)
+        updates[kind], _ = optimizer.update(gradients, optimizer.init(params), params)
+    for name in ("language/embed_tokens", "language/scale"):
+        np.testing.assert_array_equal(updates["muon"][name], updates["adamw"][name])
+    for name in ("language/mlp/experts_up", "language/o/kernel"):
+        singular = jnp.linalg.svd(updates["muon"][name] / (0.2 * 32**0.5), compute_uv=False)
+        assert 0.5 < float(singular.min()) <= float(singular.max()) < 1.3  # the iteration's own spread
+        assert float(jnp.sqrt(jnp.mean(updates["muon"][name] ** 2))) == pytest.approx(0.2, rel=0.2)
+    alone, _ = optimizer.update(
+        gradients | {"language/mlp/experts_up": gradients["language/mlp/experts_up"].at[1:].multiply(100.0)},
+        optimizer.init(params),
+        params,
+    )
+    np.testing.assert_allclose(
+        alone["language/mlp/experts_up"][0], updates["muon"]["language/mlp/experts_up"][0], atol=1e-5
+    )
+    with pytest.raises(ConfigError, match="'sgd'; expected adamw or muon"):
+        optimizer_of(OptimizerRecipe(kind="sgd"), 10)
 
 
 def test_frozen_patterns_and_correction_biases_are_not_trained(recipe, tmp_path):

@@ -1,9 +1,14 @@
 """Recipes are read strictly: what is misspelled or of another kind is named."""
 
+from pathlib import Path
+
 import pytest
 
 from vl2_jax.errors import ConfigError
+from vl2_jax.training.optimizer import optimizer_of
 from vl2_jax.training.recipe import read_recipe
+
+RECIPES = Path(__file__).parents[2] / "configs" / "training"
 
 
 def test_changes_are_laid_over_the_file(recipe_file):
@@ -36,3 +41,57 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "broken.toml").write_text("[model\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_recipe(tmp_path / "broken.toml")
+
+
+def test_a_recipe_extends_another(tmp_path):
+    (tmp_path / "first.toml").write_text('optimizer = { learning_rate = 1e-4, warmup = 5 }\nmodel.path = "a"\n')
+    (tmp_path / "second.toml").write_text('extends = "first.toml"\noptimizer.warmup = 7\n')
+    recipe = read_recipe(tmp_path / "second.toml", ["loop.steps=3"])
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup, recipe.model.path) == (1e-4, 7, "a")
+    assert recipe.loop.steps == 3
+    (tmp_path / "first.toml").write_text('extends = "second.toml"\n')
+    with pytest.raises(ConfigError, match="extends itself"):
+        read_recipe(tmp_path / "second.toml")
+    (tmp_path / "first.toml").write_text('extends = "nowhere.toml"\n')
+    with pytest.raises(ConfigError, match=r"no recipe .*nowhere\.toml"):
+        read_recipe(tmp_path / "second.toml")
+
+
+def test_a_recipe_of_the_project_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_recipe("lora-small") == read_recipe(RECIPES / "lora-small.toml")
+    with pytest.raises(ConfigError, match=r"no recipe 'lora-smal'; give a TOML file or one of .*lora-small"):
+        read_recipe("lora-smal")
+
+
+TABLE = {  # the paper's table 2
+    "align": {"tiny": 5.4e-4, "small": 4.2e-4, "base": 4.5e-4},
+    "pretrain": {"tiny": 5.4e-4, "small": 4.2e-4, "base": 4.5e-4},
+    "sft": {"tiny": 3e-5, "small": 1.4e-5, "base": 2e-5},
+}
+
+
+@pytest.mark.parametrize(("stage", "size"), [(stage, size) for stage in TABLE for size in ("tiny", "small", "base")])
+def test_the_recipes_carry_the_papers_table(stage, size):
+    recipe = read_recipe(RECIPES / f"{stage}-{size}.toml")
+    optimizer, is_base = recipe.optimizer, size == "base"
+    assert optimizer.learning_rate == TABLE[stage][size]
+    assert optimizer.schedule == {"align": "cosine", "pretrain": "step", "sft": "constant"}[stage]
+    assert (optimizer.vision_multiplier, optimizer.weight_decay, optimizer.clip) == (0.1, 0.1, 1.0)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.kind) == (0.9, 0.95, "adamw")
+    assert optimizer.frozen == (("language/*",) if stage == "align" else ())
+    assert optimizer.state_dtype == ("bfloat16" if is_base else "float32")
+    assert recipe.objective.balance_loss == (0.0001 if is_base else 0.001)
+    assert recipe.objective.bias_step == (0.001 if is_base and stage == "pretrain" else 0.0)
+    batch = {"align": 256, "pretrain": 3360 if is_base else 2304, "sft": 64}[stage]
+    assert recipe.data.rows * optimizer.accumulate == batch
+    assert recipe.data.sequence_length == 4096
+    tokens = {"align": 2.0, "pretrain": 800.0, "sft": 20.0}[stage]
+    assert recipe.loop.steps * batch * 4096 / 1e9 == pytest.approx(tokens, rel=0.05)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_reads(path):
+    recipe = read_recipe(path)
+    optimizer_of(recipe.optimizer, recipe.loop.steps)
+    assert recipe.loop.steps > 0

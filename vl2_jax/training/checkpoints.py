@@ -1,7 +1,7 @@
 """Training states on disk: written beside the work, vouched for by checksums, the newest good one found again.
 
     RUN/checkpoints/00000500/state/           Orbax: parameters, optimiser state, step
-    RUN/checkpoints/00000500/run.json         position in the data, and whatever else is JSON
+    RUN/checkpoints/00000500/run.json         position in the data; run-1-of-4.json where four hosts share it
     RUN/checkpoints/00000500/manifest.json    size and checksum of every file
 
 A checkpoint gets its name once all of it is on disk. Orbax restores a flipped bit without a word, and raises on a
@@ -13,31 +13,37 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convert.checkpoint import (
     check_files,
     orbax,
+    partial_loading,
     read_manifest,
     replace_directory,
     unfinished_directory,
     write_manifest,
 )
 from vl2_jax.errors import CheckpointError
+from vl2_jax.sharding.processes import wait_for_all
 
 _STATE, _RUN = "state", "run.json"
+T = TypeVar("T")
 
 
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own."""
 
-    def __init__(self, folder: Path, keep: int, tell: Callable[[str], None]):
+    def __init__(self, folder: Path, keep: int, tell: Callable[[str], None], share: tuple[int, int] = (0, 1)):
         self.folder, self._keep, self._tell = folder, keep, tell
+        self._run_file = _RUN if share[1] == 1 else f"run-{share[0]}-of-{share[1]}.json"
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -50,8 +56,11 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
         """Begins to write; returns once the state may be changed. At most one is written at a time."""
         self.wait()
-        new = unfinished_directory(self._path(step))
-        (new / _RUN).write_text(json.dumps(run), encoding="utf-8")
+        new = self._path(step).with_name(f".{self._path(step).name}.unfinished")
+        if jax.process_index() == 0:
+            unfinished_directory(self._path(step))
+        wait_for_all(f"checkpoint {step} begins")
+        (new / self._run_file).write_text(json.dumps(run), encoding="utf-8")
         # Copied, because the next update takes the buffers; Orbax may read them after this returns.
         names = _named(jax.tree.map(jnp.copy, state))
         response = orbax().save_async(str((new / _STATE).absolute()), names)
@@ -59,6 +68,7 @@ class Checkpoints:
         def finish() -> None:
             try:
                 response.result()
+                wait_for_all(f"checkpoint {step} is written")
                 if jax.process_index() == 0:
                     write_manifest(new, {})
                     replace_directory(new, self._path(step))
@@ -89,18 +99,33 @@ class Checkpoints:
         Args:
           like: a state of the same structure; arrays arrive with its shapes, dtypes and shardings.
         """
+        abstract = jax.tree.map(_abstract, _named(like))
+
+        def read(path: Path) -> tuple[Any, dict[str, Any]]:
+            names = orbax().load(str((path / _STATE).absolute()), abstract)
+            return _restored(like, names), json.loads((path / self._run_file).read_text(encoding="utf-8"))
+
+        found = self._newest(read)
+        return None if found is None else found[1]
+
+    def newest(self) -> tuple[int, Callable[[Iterable[str]], dict[str, np.ndarray]]] | None:
+        """Step of the newest good checkpoint, and a reader of its arrays by name (`name_of`)."""
+
+        def reader(path: Path) -> Callable[[Iterable[str]], dict[str, np.ndarray]]:
+            return partial(_read_arrays, str((path / _STATE).absolute()))
+
+        return self._newest(reader)
+
+    def _newest(self, read: Callable[[Path], T]) -> tuple[int, T] | None:
+        """`read` of the newest checkpoint that is as its manifest says and that it can read."""
         steps = self.steps()
         for step in reversed(steps):
             path = self._path(step)
             try:
                 check_files(path, read_manifest(path))
-                abstract = jax.tree.map(_abstract, _named(like))
-                names = orbax().load(str((path / _STATE).absolute()), abstract)
-                run = json.loads((path / _RUN).read_text(encoding="utf-8"))
+                return step, read(path)
             except Exception as error:  # a checkpoint may be damaged in ways that Orbax tells by any exception
                 self._tell(f"checkpoint {path} is passed over: {str(error).splitlines()[0]}")
-                continue
-            return _restored(like, names), run
         if steps:
             raise CheckpointError(f"none of the {len(steps)} checkpoint(s) in {self.folder} can be read.")
         return None
@@ -109,10 +134,23 @@ class Checkpoints:
         return self.folder / f"{step:08d}"
 
 
+def name_of(part: str, path: str) -> str:
+    """What an array of a state's `part` ("trained" or "kept") is called; Orbax would make folders of "/"."""
+    return f"{part}.{path}".replace("/", ".")
+
+
+def _read_arrays(root: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Some arrays of a checkpoint, on the host."""
+    wanted = dict.fromkeys(names, np.ndarray)
+    with partial_loading():
+        return {name: np.asarray(array) for name, array in orbax().load(root, wanted).items()} if wanted else {}
+
+
 def _named(state: Any) -> dict[str, Any]:
-    """Leaves by name; names hold "." where Orbax would make folders of "/"."""
+    """Leaves by name (`name_of`)."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator=".").replace("/", "."): leaf for path, leaf in leaves}
+    parts = ((jax.tree_util.keystr(path, simple=True, separator=".").partition("."), leaf) for path, leaf in leaves)
+    return {name_of(part, rest) if dot else part: leaf for (part, dot, rest), leaf in parts}
 
 
 def _restored(like: Any, names: dict[str, Any]) -> Any:

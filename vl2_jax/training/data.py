@@ -16,12 +16,14 @@ from absl import flags
 
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.processing.batch import IGNORED, Encoded, Processor
+from vl2_jax.processing.conversation import Conversation
 from vl2_jax.scenes import SceneSource
 from vl2_jax.training.formats import to_conversation
 from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
 
 _READ_AHEAD = 64
+_BAD = (VL2Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)  # what records raise
 
 
 class SampleError(VL2Error):
@@ -71,13 +73,8 @@ class Encoder:
     def __call__(self, record: dict[str, Any]) -> Encoded | BadSample:
         where = record["where"]
         try:
-            messages = record.get("messages")  # of a scene
-            if messages is None:
-                content = record["record"]
-                content = json.loads(content) if isinstance(content, bytes) else content
-                messages = to_conversation(content, record["folder"])
-            encoded = self._processor.encode(messages, inference=False)
-        except (VL2Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            encoded = self._processor.encode(_messages_of(record), inference=False)
+        except _BAD as error:
             return BadSample(where, str(error))
         if len(encoded) > self._most_positions:
             return BadSample(where, f"{len(encoded)} positions do not fit into a row of {self._most_positions}")
@@ -91,12 +88,12 @@ class Encoder:
 class PackDataset(grain.IterDataset):
     """Batches of packed rows, of an `IterDataset` of samples."""
 
-    def __init__(self, parent: grain.IterDataset, recipe: DataRecipe, pad_id: int, tile_size: int):
+    def __init__(self, parent: grain.IterDataset, recipe: DataRecipe, **layout: int):
         super().__init__(parent)
-        self._recipe, self._pad_id, self._tile_size = recipe, pad_id, tile_size
+        self._recipe, self._layout = recipe, layout
 
     def __iter__(self) -> PackIterator:
-        return PackIterator(iter(self._parent), self._recipe, self._pad_id, self._tile_size)
+        return PackIterator(iter(self._parent), self._recipe, **self._layout)
 
 
 class PackIterator(grain.DatasetIterator):
@@ -105,9 +102,9 @@ class PackIterator(grain.DatasetIterator):
     The sample that did not fit begins the next batch; the state is the position before it.
     """
 
-    def __init__(self, parent: grain.DatasetIterator, recipe: DataRecipe, pad_id: int, tile_size: int):
+    def __init__(self, parent: grain.DatasetIterator, recipe: DataRecipe, **layout: int):
         super().__init__(parent)
-        self._recipe, self._pad_id, self._tile_size = recipe, pad_id, tile_size
+        self._recipe, self._layout = recipe, layout
         self._before = parent.get_state()
         self._waiting: Encoded | None = None
         self.skipped = 0
@@ -131,7 +128,7 @@ class PackIterator(grain.DatasetIterator):
             tiles -= len(sample.tiles)
         if not any(rows):
             raise StopIteration
-        return pack(rows, self._recipe.sequence_length, self._recipe.tiles, self._pad_id, self._tile_size)
+        return pack(rows, self._recipe.sequence_length, self._recipe.tiles, **self._layout)
 
     def get_state(self) -> dict[str, Any]:
         state = self._before if self._waiting is not None else self._parent.get_state()
@@ -156,34 +153,60 @@ class PackIterator(grain.DatasetIterator):
             self.reports.append(sample)
 
 
-def batches(
-    recipe: DataRecipe, processor: Processor, process_index: int = 0, process_count: int = 1
-) -> grain.IterDataset:
-    """This host's share of every batch: `rows / process_count` rows of its own samples.
+def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: int = 1) -> grain.IterDataset:
+    """One host's share of every batch: `rows / shares` rows of its own samples.
 
     Raises:
       ConfigError: rows or tiles do not divide into the hosts, or there is no source.
     """
-    if recipe.rows % process_count or recipe.tiles % process_count:
-        raise ConfigError(f"{recipe.rows} rows and {recipe.tiles} tiles do not divide into {process_count} hosts.")
+    if recipe.rows % shares or recipe.tiles % shares:
+        raise ConfigError(f"{recipe.rows} rows and {recipe.tiles} tiles do not divide into {shares} hosts.")
     if recipe.on_bad_sample not in ("skip", "raise"):
         raise ConfigError(f"data.on_bad_sample is {recipe.on_bad_sample!r}; expected 'skip' or 'raise'.")
     if not recipe.sources:
         raise ConfigError("data.sources is empty; give at least one {path = ...} or {scenes = seed}.")
-    share = dataclasses.replace(recipe, rows=recipe.rows // process_count, tiles=recipe.tiles // process_count)
-    encoder = Encoder(processor, share.sequence_length, share.tiles)
+    part = dataclasses.replace(recipe, rows=recipe.rows // shares, tiles=recipe.tiles // shares)
+    encoder = Encoder(processor, part.sequence_length, part.tiles)
     parts = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
     mixed = parts[0]
     if len(parts) > 1:
         mixed = grain.MapDataset.mix(parts, weights=[source.weight for source in recipe.sources])
-    samples = mixed[process_index::process_count].map(encoder)
+    samples = mixed[share::shares].map(encoder)
     if recipe.workers:
         flags.FLAGS.mark_as_parsed()  # Grain's processes read absl's flags, which nobody parses here
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
         stream = samples.to_iter_dataset(options).mp_prefetch(grain.MultiprocessingOptions(recipe.workers))
     else:
         stream = samples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD))
-    return PackDataset(stream, share, processor.tokenizer.pad_id, processor.config.tile_size)
+    layout = {"pad_id": processor.tokenizer.pad_id, "tile_size": processor.config.tile_size}
+    return PackDataset(stream, part, **layout, first_tile=share * part.tiles)
+
+
+def first_questions(recipe: DataRecipe, count: int) -> list[tuple[Conversation, str]]:
+    """The first question of as many conversations of the sources, one source after another, and its answer."""
+    found: list[tuple[Conversation, str]] = []
+    sources = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
+    for number in range(count):
+        source, place = sources[number % len(sources)], number // len(sources)
+        if place >= len(source):
+            continue
+        record = source[place]
+        try:
+            messages = _messages_of(record)
+        except _BAD:
+            continue
+        end = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+        if end is not None:
+            found.append((messages[:end], messages[end]["content"]))
+    return found
+
+
+def _messages_of(record: dict[str, Any]) -> Conversation:
+    if "messages" in record:  # of a scene
+        return record["messages"]
+    content = record["record"]
+    content = json.loads(content) if isinstance(content, bytes) else content
+    return to_conversation(content, record["folder"])
 
 
 def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.MapDataset:

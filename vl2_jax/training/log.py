@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from vl2_jax.config import VL2Config
+from vl2_jax.ops.chips import peak_flops
 from vl2_jax.training.data import BadSample
+from vl2_jax.training.flops import training_costs
 from vl2_jax.training.optimizer import schedule_of
 from vl2_jax.training.recipe import Recipe
 from vl2_jax.training.step import Metrics
@@ -25,10 +28,27 @@ _MOST_TOLD = 5  # bad samples that are shown; all of them are in the file
 
 
 class Log:
-    def __init__(self, folder: Path, recipe: Recipe, tell: Callable[[str], None]):
+    """What one run tells; of many processes the first one writes, and tells of its own share of the samples.
+
+    Args:
+      devices: that it runs on; a share of their peak is told where that is known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        tell: Callable[[str], None],
+        config: VL2Config,
+        devices: Sequence[jax.Device],
+    ):
         self._folder, self._tell, self._loop = folder, tell, recipe.loop
         self._rate = schedule_of(recipe.optimizer, recipe.loop.steps)
-        self._board = _tensorboard(folder)
+        self._flops = training_costs(config, recipe).of
+        peak = peak_flops(devices[0].device_kind)
+        self._peak = None if peak is None else peak * len(devices)
+        self._writes = jax.process_index() == 0
+        self.board: Any = _tensorboard(folder) if self._writes else None
         self._held: list[Metrics] = []
         self._told = 0
         self._begun = time.perf_counter()
@@ -47,19 +67,29 @@ class Log:
         row |= {name: float(np.mean([getattr(metrics, name) for metrics in held])) for name in _MEANS}
         row["busiest_expert"] = float(np.max([metrics.busiest_expert for metrics in held]))
         row["learning_rate"] = float(self._rate(step - 1))
-        row["tokens_per_second"] = float(np.mean([metrics.positions for metrics in held])) / seconds
+        positions, tiles = (float(np.mean([getattr(m, name) for m in held])) for name in ("positions", "tiles"))
+        row |= {"tokens_per_second": positions / seconds, "tiles_per_second": tiles / seconds}
+        row["flops_per_second"] = self._flops(positions, tiles) / seconds
+        if self._peak is not None:
+            row["mfu"] = row["flops_per_second"] / self._peak
         row |= {"seconds_per_step": seconds, "skipped_samples": skipped}
-        _append(self._folder / LOG_FILE, row)
-        for name in row.keys() - {"step"} if self._board is not None else ():
-            self._board.add_scalar(name, row[name], step)
+        self.record(LOG_FILE, row)
         self._tell(
             f"step {step}/{self._loop.steps}  loss {row['loss']:.4f}  gradient {row['gradient_norm']:.2f}  "
             f"busiest expert {row['busiest_expert']:.1f} x  {row['tokens_per_second']:.0f} tokens/s  "
-            f"{seconds:.2f} s/step"
+            f"{seconds:.2f} s/step" + (f"  MFU {100 * row['mfu']:.1f} %" if "mfu" in row else "")
         )
 
+    def record(self, file: str, row: dict[str, Any], prefix: str = "") -> None:
+        """A row of numbers to a file of the run and to TensorBoard."""
+        if self._writes:
+            _append(self._folder / file, row)
+        for name in row.keys() - {"step"} if self.board is not None else ():
+            self.board.add_scalar(prefix + name, row[name], row["step"])
+
     def _tell_of(self, sample: BadSample) -> None:
-        _append(self._folder / SKIPPED_FILE, {"where": sample.where, "reason": sample.reason})
+        if self._writes:
+            _append(self._folder / SKIPPED_FILE, {"where": sample.where, "reason": sample.reason})
         self._told += 1
         if self._told <= _MOST_TOLD:
             self._tell(f"left out: {sample.where}: {sample.reason}")

@@ -12,24 +12,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from convert.checkpoint import dtype_of
-from convert.to_torch import write_released
-from convert.weight_map import plan
-from vl2_jax.config import VL2Config
-from vl2_jax.errors import CheckpointError, ConfigError, VL2Error
-from vl2_jax.model.vl2 import VL2Model, init_params
+from convert.from_torch import CORRECTION_BIAS
+from convert.weight_map import unflatten
+from vl2_jax.config import VL2Config, read_config
+from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.model.layers import ONE_DEVICE, Layout
+from vl2_jax.model.vl2 import Params, VL2Model, init_params
 from vl2_jax.processing.batch import Processor
+from vl2_jax.sharding.batches import share_of_process, spread
+from vl2_jax.sharding.layout import MeshLayout
+from vl2_jax.sharding.mesh import make_mesh
 from vl2_jax.training.checkpoints import Checkpoints
 from vl2_jax.training.data import batches
+from vl2_jax.training.evaluation import Evaluation
 from vl2_jax.training.log import Log
-from vl2_jax.training.optimizer import CORRECTION_BIAS
 from vl2_jax.training.packing import PackedBatch
-from vl2_jax.training.recipe import Recipe, build_recipe
-from vl2_jax.training.step import Metrics, TrainState, init_state, make_step
+from vl2_jax.training.recipe import LoopRecipe, Recipe
+from vl2_jax.training.step import Metrics, TrainState, all_finite, init_state, make_step, params_of
 
-_RECIPE_FILE, _CHECKPOINTS = "recipe.json", "checkpoints"
-_MAY_CHANGE = {"data.workers", "objective.loss_chunk"}
+RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
+_MAY_CHANGE = {"data.workers", "objective.loss_chunk", "model.remat", "model.scan"}
 
 
 class TrainingError(VL2Error):
@@ -42,14 +48,22 @@ class Run:
 
     model: VL2Model
     processor: Processor
-    small_files: Path  # directory of its configuration, processor and tokenizer files
+    recipe: Recipe
     state: TrainState
 
+    @property
+    def params(self) -> Params:
+        """Of the trained model, adapters merged."""
+        return unflatten(params_of(self.recipe, self.state))
 
-def train(recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int | None = None) -> Run:
+
+def train(
+    recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int | None = None, mesh: str | Mesh | None = None
+) -> Run:
     """Trains to the recipe's last step, from the newest checkpoint in `folder` or from the beginning.
 
     Args:
+      mesh: devices to spread the model and its batches over (`sharding.mesh`); a run may go on on another one.
       folder: holds checkpoints, logs and the recipe; made if it does not exist.
       tell: shows a line to the user.
       until: a step to stop at before the last, as a preemption would: the state is saved.
@@ -58,114 +72,169 @@ def train(recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int 
       ConfigError, CheckpointError, SampleError: see their messages.
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
-    run = _begin(recipe)
+    run = _begin(recipe, mesh)
+    layout = run.model.layout
+    with layout.on_devices():
+        return _train(run, recipe, folder, tell, until)
+
+
+def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int | None) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     _keep_recipe(folder, recipe)
     state, saved = run.state, -1
-    stream = iter(batches(recipe.data, run.processor, jax.process_index(), jax.process_count()))
-    checkpoints = Checkpoints(folder / _CHECKPOINTS, recipe.loop.keep, tell)
-    found = checkpoints.restore(state)
+    mesh = run.model.layout.mesh if isinstance(run.model.layout, MeshLayout) else None
+    share = (0, 1) if mesh is None else share_of_process(mesh)
+    stream = iter(batches(recipe.data, run.processor, *share))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell, share)
+    found = checkpoints.restore(_changing(recipe, state))
     if found is not None:
-        state, kept = found
-        stream.set_state(kept["data"])
+        restored, position = found
+        state = dataclasses.replace(restored, kept=state.kept | restored.kept)
+        stream.set_state(position["data"])
         saved = int(state.step)
         tell(f"going on from step {saved}")
-    update, log = make_step(run.model, recipe), Log(folder, recipe, tell)
+    update = make_step(run.model, recipe, None if mesh is None else state)
+    place = (lambda batch: batch) if mesh is None else (lambda batch: spread(batch, mesh, *share))
+    devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
+    log = Log(folder, recipe, tell, run.model.config, devices)
+    evaluation = Evaluation(recipe, run.model, run.processor, folder, share, place)
+    profile = _Profile(folder / "profile", recipe.loop)
     step, last = int(state.step), min(recipe.loop.steps, until or recipe.loop.steps)
     unchecked: Metrics | None = None
     with _Interruption() as interruption:
-        while step < last and not interruption.came:
+        while step < last and not interruption.has_come(step):
             batch = _next_batches(stream, recipe.optimizer.accumulate)
             if batch is None:
                 tell(f"the data ended after {step} steps")
                 break
-            state, metrics = update(state, batch)
+            profile.before(step)
+            state, metrics = update(state, place(batch))
+            profile.after(step, state)
             _check(unchecked, step)  # one step late, so that the device never waits for the host
             unchecked = metrics
             step += 1
             log.step(step, metrics, stream.skipped, stream.reports)
             if recipe.loop.checkpoint_every and step % recipe.loop.checkpoint_every == 0:
-                _check(metrics, step)
-                checkpoints.save(step, state, {"data": stream.get_state()})
+                _check(metrics, step, state)
+                checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
                 saved = step
-    _check(unchecked, step)
+            if evaluation.is_due(step):
+                _check(metrics, step)
+                evaluation(step, state, log, tell)
+    _check(unchecked, step, state)
     if step == 0:
         raise TrainingError(f"the data holds no sample that can be trained on ({stream.skipped} were left out).")
     if saved != step:
-        checkpoints.save(step, state, {"data": stream.get_state()})
+        checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
     checkpoints.wait()
-    if interruption.came:
+    if step < last and interruption.came:
         tell(f"interrupted; step {step} is saved, and the same command goes on from there")
     return dataclasses.replace(run, state=state)
 
 
-def export_run(folder: Path, destination: Path, tell: Callable[[str], None], dtype: str | None = None) -> int:
-    """The newest checkpoint of a run in the released layout.
-
-    Args:
-      dtype: of the weights on disk; `None` is that of the model's configuration.
-
-    Returns:
-      The step it was saved at.
-
-    Raises:
-      CheckpointError: there is no run, or no checkpoint that can be read.
-    """
-    path = folder / _RECIPE_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {_RECIPE_FILE}; give the --out folder of `vl2 train`.")
-    recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")))
-    run = _begin(recipe)
-    found = Checkpoints(folder / _CHECKPOINTS, recipe.loop.keep, tell).restore(run.state)
-    if found is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet.")
-    state, config = found[0], run.model.config
-    leaves = plan(config)
-    wide, narrow = np.dtype(np.float32), dtype_of(dtype or config.torch_dtype)
-    dtypes = {leaf.path: wide if leaf.path.endswith(CORRECTION_BIAS) else narrow for leaf in leaves}
-    write_released(run.small_files, destination, leaves, dtypes, [jax.device_get({**state.trained, **state.kept})])
-    return int(state.step)
+def _changing(recipe: Recipe, state: TrainState) -> TrainState:
+    """What a checkpoint holds: parameters that never change are in the model that a run began with, if there is one."""
+    if recipe.model.preset is not None:
+        return state
+    return dataclasses.replace(state, kept={p: leaf for p, leaf in state.kept.items() if p.endswith(CORRECTION_BIAS)})
 
 
-def _begin(recipe: Recipe) -> Run:
-    """The model, its processor and its state before the first update.
+def described_model(recipe: Recipe) -> tuple[Path, VL2Config]:
+    """The directory with the small files of what is trained, and its configuration.
 
     Raises:
       ConfigError: neither or both of `path` and `preset`, or no tokenizer for a preset.
     """
-    from vl2_jax.api import find_model, load
+    from vl2_jax.api import find_model
 
     described = recipe.model
-    dtype, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)
     if (described.path is None) == (described.preset is None):
         raise ConfigError("[model] must have either a path (a model to go on from) or a preset (random weights).")
     if described.path is not None:
-        vl2 = load(described.path, dtype=described.param_dtype)
-        config, processor, params, small_files = vl2.config, vl2.processor, vl2.params, find_model(described.path)
+        directory = find_model(described.path)
+        return directory, read_config(directory)
+    if described.tokenizer is None:
+        raise ConfigError("[model] preset needs tokenizer, a directory with tokenizer.json and its like.")
+    return find_model(described.tokenizer), VL2Config.preset(described.preset or "")
+
+
+def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
+    """The model, its processor and its state before the first update.
+
+    Raises:
+      ConfigError, CheckpointError: see `described_model` and `load`.
+      MeshError: a mesh that does not fit.
+    """
+    from vl2_jax.api import load
+
+    described = recipe.model
+    dtype, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)
+    small_files, config = described_model(recipe)
+    layout = layout_of(mesh, config, recipe.holds_states)
+    if described.path is not None:
+        vl2 = load(described.path, dtype=described.param_dtype, mesh=getattr(layout, "mesh", None))
+        processor, params = vl2.processor, vl2.params
     else:
-        if described.tokenizer is None:
-            raise ConfigError("[model] preset needs tokenizer, a directory with tokenizer.json and its like.")
-        small_files = find_model(described.tokenizer)
-        config = VL2Config.preset(described.preset or "")
         processor = Processor.from_directory(small_files, config)
-        params = init_params(config, jax.random.key(described.seed), param_dtype)
+        params = init_params(config, jax.random.key(described.seed), param_dtype, layout)
     mean, std = processor.config.image_mean, processor.config.image_std
-    model = VL2Model(config, jnp.dtype(dtype), jnp.dtype(param_dtype), pixel_mean=mean, pixel_std=std)
-    return Run(model, processor, small_files, init_state(recipe, params))
+    model = VL2Model(
+        config,
+        jnp.dtype(dtype),
+        jnp.dtype(param_dtype),
+        pixel_mean=mean,
+        pixel_std=std,
+        layout=layout,
+        remat=described.remat,
+        scan=described.scan,
+    )
+    return Run(model, processor, recipe, init_state(recipe, params))
+
+
+def layout_of(mesh: str | Mesh | None, config: VL2Config, holds_states: bool) -> Layout:
+    if mesh is None:
+        return ONE_DEVICE
+    return MeshLayout(make_mesh(mesh, config, training=holds_states) if isinstance(mesh, str) else mesh)
+
+
+class _Profile:
+    """jax's profiler over some steps: TensorBoard and XProf read what it writes."""
+
+    def __init__(self, folder: Path, recipe: LoopRecipe):
+        self._folder, self._first = folder, recipe.profile_from
+        self._last = recipe.profile_from + recipe.profile_steps - 1
+
+    def before(self, step: int) -> None:
+        if step == self._first <= self._last:
+            jax.profiler.start_trace(str(self._folder))
+
+    def after(self, step: int, state: TrainState) -> None:
+        if step == self._last >= self._first:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
 
 
 class _Interruption:
-    """SIGTERM (preemption) and Ctrl-C end the loop after the update that is under way."""
+    """SIGTERM (preemption) and Ctrl-C end the loop after the update that is under way.
+
+    Of many processes each gets its signal at another moment: jax's runtime agrees on the step at which all stop.
+    """
 
     def __enter__(self) -> _Interruption:
         self.came = False
+        self._many = jax.process_count() > 1
         self._old: dict[signal.Signals, Any] = {}
-        for kind in (signal.SIGTERM, signal.SIGINT):
+        for kind in () if self._many else (signal.SIGTERM, signal.SIGINT):
             try:
                 self._old[kind] = signal.signal(kind, self._note)
             except ValueError:  # not in the main thread: signals are somebody else's
                 break
         return self
+
+    def has_come(self, step: int) -> bool:
+        if self._many:
+            self.came = multihost_utils.reached_preemption_sync_point(step)
+        return self.came
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._old.items():
@@ -186,18 +255,23 @@ def _next_batches(stream: Any, count: int) -> PackedBatch | None:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 
-def _check(metrics: Metrics | None, step: int) -> None:
+def _check(metrics: Metrics | None, step: int, state: TrainState | None = None) -> None:
+    """Raises TrainingError for a step whose loss or gradients, or with `state` whose result, are not numbers."""
+    what = ""
     if metrics is not None and not bool(metrics.is_finite):
+        what = f"the loss or the gradients (loss {float(metrics.loss)}, gradient norm {float(metrics.gradient_norm)})"
+    elif state is not None and not bool(all_finite(state)):
+        what = "the parameters or the optimiser's states"
+    if what:
         raise TrainingError(
-            f"the loss or the gradients of step {step} are not numbers (loss {float(metrics.loss)}, gradient norm "
-            f"{float(metrics.gradient_norm)}); nothing was saved since. Lower optimizer.learning_rate or look at the "
-            "data, then run the same command: it goes on from the last good checkpoint."
+            f"{what} of step {step} are not numbers; nothing was saved since. Lower optimizer.learning_rate or look at "
+            "the data, then run the same command: it goes on from the last good checkpoint."
         )
 
 
 def _keep_recipe(folder: Path, recipe: Recipe) -> None:
     """Writes the recipe down; a run goes on with the one it was begun with, but for its length and its habits."""
-    path = folder / _RECIPE_FILE
+    path = folder / RECIPE_FILE
     new = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -208,4 +282,7 @@ def _keep_recipe(folder: Path, recipe: Recipe) -> None:
                 f"{folder} holds a run with another recipe ({', '.join(sorted(changed - _MAY_CHANGE))}); "
                 "choose another --out, or the old values."
             )
-    path.write_text(json.dumps(new, indent=2), encoding="utf-8")
+    if jax.process_index() == 0:
+        written = path.with_suffix(".new")
+        written.write_text(json.dumps(new, indent=2), encoding="utf-8")
+        written.replace(path)  # at once: other processes may be reading it

@@ -5,12 +5,14 @@ B batch, T positions, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from vl2_jax.model.decoder import vocabulary_layer
+from vl2_jax.model.layers import ADAPTERS
 from vl2_jax.model.moe import Routing, balance_loss
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import IGNORED, Batch
@@ -29,8 +31,9 @@ class Losses(NamedTuple):
 def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Cross-entropy of every position, zero where the target is IGNORED."""
     counted = targets != IGNORED
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.take_along_axis(logprobs, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0] * counted
+    # Compared rather than gathered: the gradient of a gather is a scatter into zeros as large as the logits.
+    wanted = jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0).sum(axis=-1)
+    return (jax.nn.logsumexp(logits, axis=-1) - wanted) * counted
 
 
 def next_token_loss(
@@ -39,11 +42,13 @@ def next_token_loss(
     hidden: Float[Array, "B T D"],
     labels: Int[Array, "B T"],
     chunk: int,
+    adapters: Params | None = None,
 ) -> Float[Array, ""]:
     """Sum of the cross-entropies of each position's prediction against the next position's label, where there is one.
 
     Logits are made for `chunk` positions at a time and made again in the backward pass: those of a 4096-token sequence
-    would take 1.7 GB in float32 at 102,400 words.
+    would take 1.7 GB in float32 at 102,400 words. On a mesh each device does so with its own sequences, and the
+    vocabulary's weights and their gradients travel once, not with every chunk.
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     length = targets.shape[1]
@@ -52,16 +57,24 @@ def next_token_loss(
     more = ((0, 0), (0, pieces * size - length))
     targets = jnp.pad(targets, more, constant_values=IGNORED)
     hidden = jnp.pad(hidden, (*more, (0, 0)))
+    layer = vocabulary_layer(model.config.language_config, model.dtype, model.param_dtype, parent=None)
+    head = {"params": params["language"]["lm_head"]}
+    if adapters is not None and "lm_head" in adapters.get("language", {}):
+        head[ADAPTERS] = adapters["language"]["lm_head"]
 
-    @jax.checkpoint
-    def piece(begin: Array) -> Float[Array, ""]:
-        rows = jax.lax.dynamic_slice_in_dim(hidden, begin, size, axis=1)
-        logits = apply(model, params, rows, method="logits")
-        return token_losses(logits, jax.lax.dynamic_slice_in_dim(targets, begin, size, axis=1)).sum()
+    def of_rows(head: Any, hidden: Array, targets: Array) -> Float[Array, ""]:
+        @jax.checkpoint
+        def piece(begin: Array) -> Float[Array, ""]:
+            rows, wanted = (jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1) for a in (hidden, targets))
+            logits: Any = layer.apply(head, rows)
+            return token_losses(logits.astype(jnp.float32), wanted).sum()
 
-    if pieces == 1:
-        return piece(jnp.int32(0))
-    return jax.lax.map(piece, jnp.arange(pieces) * size).sum()
+        if pieces == 1:
+            return piece(jnp.int32(0))
+        return jax.lax.map(piece, jnp.arange(pieces) * size).sum()
+
+    head = jax.tree.map(lambda leaf: leaf.astype(model.dtype), head)
+    return model.layout.sum_over_sequences(of_rows, head, hidden, targets)
 
 
 def expert_load(routing: Routing, experts: int, counted: Bool[Array, "B T"]) -> Float[Array, " E"]:
@@ -79,6 +92,7 @@ def losses(
     chunk: int = 512,
     balance_weight: float | None = None,
     targets: Float[Array, ""] | None = None,
+    adapters: Params | None = None,
 ) -> Losses:
     """The objective of one batch, a `Batch` or a `PackedBatch`.
 
@@ -86,6 +100,7 @@ def losses(
       count_padding: let padding count in the balance loss, as the released code does.
       chunk: positions whose logits are held at a time.
       balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
+      adapters: see `vl2.apply`.
       targets: what the sum of cross-entropies is divided by; `None` is the number of targets in this batch.
     """
     if isinstance(batch, PackedBatch):
@@ -93,7 +108,8 @@ def losses(
     else:
         segments, positions = jnp.asarray(batch.attention_mask, jnp.int32), None
     labels = jnp.asarray(batch.labels)
-    out = apply(model, params, batch.input_ids, segments, batch.visual_index, batch.tiles, positions, method="hidden")
+    inputs = (batch.input_ids, segments, batch.visual_index, batch.tiles, positions)
+    out = apply(model, params, *inputs, method="hidden", adapters=adapters)
     present = segments > 0
     config = model.config.language_config
     counted = None if count_padding else present
@@ -101,6 +117,6 @@ def losses(
     load = [expert_load(routing, config.n_routed_experts or 0, present) for routing in out.routings]
     if targets is None:
         targets = jnp.maximum((labels[:, 1:] != IGNORED).sum(), 1)
-    next_token = next_token_loss(model, params, out.hidden, labels, chunk) / targets
+    next_token = next_token_loss(model, params, out.hidden, labels, chunk, adapters) / targets
     stacked = jnp.stack(balance or [jnp.zeros(())])
     return Losses(next_token + stacked.sum(), next_token, stacked, jnp.stack(load or [jnp.zeros(1)]))

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from convert.from_torch import CORRECTION_BIAS
 from vl2_jax.errors import ConfigError
 from vl2_jax.training.recipe import OptimizerRecipe
 
-CORRECTION_BIAS = "correction_bias"
 _UNUSED = "vision/attn_pool/*"  # in every checkpoint, executed by nothing (SPEC 2.3)
 _UNDECAYED = ("image_newline", "view_separator")
+_NOT_HIDDEN = ("embed", "lm_head", "mlp/gate/")
+_ADAM_RMS = 0.2
 
 Flat = Mapping[str, Array]
 
@@ -60,7 +65,13 @@ def schedule_of(recipe: OptimizerRecipe, steps: int) -> optax.Schedule:
 
 
 def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransformation:
-    """AdamW over a flat dictionary: matrices decay, vectors do not; the vision tower learns at its own rate."""
+    """AdamW (or Muon) over a flat dictionary: matrices decay, vectors do not; the vision tower learns at its own rate.
+
+    Raises:
+      ConfigError: an unknown `kind` or `schedule`.
+    """
+    if recipe.kind not in ("adamw", "muon"):
+        raise ConfigError(f"optimizer.kind is {recipe.kind!r}; expected adamw or muon.")
 
     def decays(params: Flat) -> dict[str, bool]:
         return {path: array.ndim > 1 and path not in _UNDECAYED for path, array in params.items()}
@@ -68,10 +79,34 @@ def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransform
     def in_vision(params: Flat) -> dict[str, bool]:
         return {path: path.startswith("vision/") for path in params}
 
+    adam = optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon, mu_dtype=jnp.dtype(recipe.state_dtype))
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
-        optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon, mu_dtype=jnp.dtype(recipe.state_dtype)),
+        adam if recipe.kind == "adamw" else optax.partition({"muon": _muon(recipe), "adam": adam}, _rules_of),
         optax.add_decayed_weights(recipe.weight_decay, decays),
         optax.masked(optax.scale(recipe.vision_multiplier), in_vision),
         optax.scale_by_learning_rate(schedule_of(recipe, steps)),
     )
+
+
+def _rules_of(params: Flat) -> dict[str, str]:
+    """Muon is for what multiplies hidden states: not for embeddings, routers, the vocabulary, or vectors."""
+    return {
+        path: "muon" if array.ndim in (2, 3) and not any(part in path for part in _NOT_HIDDEN) else "adam"
+        for path, array in params.items()
+    }
+
+
+def _muon(recipe: OptimizerRecipe) -> optax.GradientTransformation:
+    """Orthogonal updates of matrices and of stacks of them (https://kellerjordan.github.io/posts/muon), as large as
+    AdamW's usually are, so that one learning rate serves both (arXiv 2502.16982).
+    """
+
+    def last_two(params: Flat) -> Any:
+        return jax.tree.map(lambda a: MuonDimensionNumbers(a.ndim - 2, a.ndim - 1), params)
+
+    def as_large_as_adam(updates: Flat, _: Flat | None) -> dict[str, Array]:
+        return jax.tree.map(lambda a: _ADAM_RMS * max(a.shape[-2:]) ** 0.5 * a, updates)
+
+    muon = scale_by_muon(mu_dtype=jnp.dtype(recipe.state_dtype), weight_dimension_numbers=last_two)
+    return optax.chain(muon, optax.stateless(as_large_as_adam))

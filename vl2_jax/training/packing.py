@@ -34,11 +34,14 @@ class PackedBatch:
     tiles: np.ndarray  # uint8 [I, S, S, 3]
 
 
-def pack(rows: Sequence[Sequence[Encoded]], length: int, tiles: int, pad_id: int, tile_size: int) -> PackedBatch:
+def pack(
+    rows: Sequence[Sequence[Encoded]], length: int, tiles: int, pad_id: int, tile_size: int, first_tile: int = 0
+) -> PackedBatch:
     """A batch of `length` positions a row and `tiles` tiles.
 
     Args:
       rows: documents of every row; the caller has seen to it that they fit.
+      first_tile: where these tiles begin in the table of the whole batch, of which other hosts make a part each.
     """
     shape = (len(rows), length)
     ids, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORED, np.int32)
@@ -53,7 +56,7 @@ def pack(rows: Sequence[Sequence[Encoded]], length: int, tiles: int, pad_id: int
             ids[row, part], labels[row, part] = document.input_ids, document.labels
             labels[row, begin] = IGNORED  # the document before must not be asked to predict it
             segments[row, part], positions[row, part] = number, np.arange(len(document))
-            visual[row, part] = after_tiles(document.visual_index, used * document.tokens_per_tile)
+            visual[row, part] = after_tiles(document.visual_index, (first_tile + used) * document.tokens_per_tile)
             table[used : used + len(document.tiles)] = document.tiles
             used += len(document.tiles)
             begin += len(document)

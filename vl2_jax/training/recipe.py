@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from vl2_jax.config import configs_directory
 from vl2_jax.errors import ConfigError
 from vl2_jax.scenes import SceneSizes
 
@@ -27,6 +28,8 @@ class ModelRecipe:
       tokenizer: directory with the tokenizer and processor files of a preset.
       dtype: of computation; param_dtype: of the weights that are trained.
       seed: of random weights.
+      remat: compute layers again for gradients instead of keeping what is inside of them.
+      scan: compile alike layers once, as a loop.
     """
 
     path: str | None = None
@@ -35,6 +38,8 @@ class ModelRecipe:
     dtype: str = "float32"
     param_dtype: str = "float32"
     seed: int = 0
+    remat: bool = False
+    scan: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,10 @@ class ObjectiveRecipe:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW and its schedule (SPEC 8.2).
+    """How parameters move, and when (SPEC 8.2).
 
     Attributes:
+      kind: "adamw", or "muon" for matrices of hidden layers and AdamW for the rest.
       schedule: "cosine" to `final_share` of the rate, "step" (1/sqrt(10) at 50 % and again at 75 %), "constant", or
         "warmup_stable_decay" (constant, then linear to `final_share` over the last `decay_share` of the steps).
       warmup: steps of linear warm-up.
@@ -110,6 +116,7 @@ class OptimizerRecipe:
       accumulate: batches whose gradients are summed for one update.
     """
 
+    kind: str = "adamw"
     learning_rate: float = 1e-4
     schedule: str = "constant"
     warmup: int = 0
@@ -127,6 +134,21 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True)
+class LoraRecipe:
+    """Low-rank adapters instead of the parameters themselves (`training.lora`).
+
+    Attributes:
+      rank: 0 trains the parameters.
+      alpha: updates are scaled by alpha / rank.
+      targets: patterns of the parameters that get one: any linear layer, those of all experts included.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("language/layers_*/self_attn/*_proj*",)
+
+
+@dataclass(frozen=True)
 class LoopRecipe:
     """When things happen, in steps.
 
@@ -134,12 +156,34 @@ class LoopRecipe:
       steps: of the whole run.
       log_every, checkpoint_every: 0 is never.
       keep: checkpoints that are kept.
+      profile_from, profile_steps: the steps that jax's profiler records, into OUT/profile; 0 steps are none.
     """
 
     steps: int = 1000
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 3
+    profile_from: int = 10
+    profile_steps: int = 0
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """What a model in training is asked that it does not learn from.
+
+    Attributes:
+      sources: of conversations; none is no evaluation.
+      every: steps; also after the last one.
+      batches: packed batches, of the size that training has, whose loss is taken.
+      samples: questions that are asked, the first of as many conversations; answers go to OUT/samples with pictures.
+      max_tokens: of an answer.
+    """
+
+    sources: tuple[SourceRecipe, ...] = ()
+    every: int = 500
+    batches: int = 8
+    samples: int = 0
+    max_tokens: int = 128
 
 
 @dataclass(frozen=True)
@@ -148,22 +192,26 @@ class Recipe:
     data: DataRecipe = DataRecipe()
     objective: ObjectiveRecipe = ObjectiveRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
+    lora: LoraRecipe = LoraRecipe()
     loop: LoopRecipe = LoopRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether the parameters themselves have optimiser states, by which the default mesh is chosen."""
+        return not self.lora.rank
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe from a file, with `table.key=value` changes laid over it.
 
+    `extends = "other.toml"`, at its head, names a recipe beside it that it changes. Those of the project are found by
+    name too, such as "lora-tiny", wherever one is.
+
     Raises:
       ConfigError: no such file, not TOML, an unknown key, or a value of another kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no recipe {str(path)!r}; configs/training/ holds some.")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    data = _read_tables(_find(Path(path)), [])
     for change in changes:
         _lay_over(data, change)
     return build_recipe(data)
@@ -176,6 +224,31 @@ def build_recipe(data: Mapping[str, Any]) -> Recipe:
       ConfigError: see `read_recipe`.
     """
     return _build(Recipe, data, "")
+
+
+def _find(path: Path) -> Path:
+    ours = configs_directory() / "training"
+    return next((p for p in (path, ours / path.name, ours / f"{path.name}.toml") if p.is_file()), path)
+
+
+def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (configs_directory() / "training").glob("*.toml")))
+        raise ConfigError(f"there is no recipe {str(path)!r}; give a TOML file or one of {known}.")
+    if path.resolve() in extended:
+        raise ConfigError(f"{path} extends itself.")
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    tables = _read_tables(path.parent / str(base), [*extended, path.resolve()])
+    for name, table in data.items():
+        old = tables.get(name)
+        tables[name] = old | table if isinstance(old, dict) and isinstance(table, dict) else table
+    return tables
 
 
 def _lay_over(data: dict[str, Any], change: str) -> None:

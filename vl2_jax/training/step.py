@@ -1,26 +1,32 @@
 """One update: losses and gradients of a batch, AdamW, correction biases; a pure function of a state.
 
 Parameters that gradients change (`trained`) and those that they do not (`kept`) are apart, so that frozen parts cost
-neither gradients nor optimiser state.
+neither gradients nor optimiser state. With low-rank adapters these alone are trained, and all parameters are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from convert.adapters import merge
+from convert.from_torch import CORRECTION_BIAS
 from convert.weight_map import flatten, unflatten
 from vl2_jax.inference.generate import matmul_precision
 from vl2_jax.model.vl2 import Params, VL2Model
 from vl2_jax.processing.batch import IGNORED
+from vl2_jax.processing.tiling import FIRST_TOKEN_ROW
+from vl2_jax.training.lora import abstract_adapters, adapters_of, collection_of, init_adapters
 from vl2_jax.training.objective import losses
-from vl2_jax.training.optimizer import CORRECTION_BIAS, check_patterns, is_trained, optimizer_of
+from vl2_jax.training.optimizer import check_patterns, is_trained, optimizer_of
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import Recipe
 
@@ -35,10 +41,6 @@ class TrainState:
     kept: dict[str, Array]
     optimizer: Any
 
-    @property
-    def params(self) -> Params:
-        return unflatten({**self.trained, **self.kept})
-
 
 class Metrics(NamedTuple):
     """What one update tells; all are scalars."""
@@ -48,38 +50,95 @@ class Metrics(NamedTuple):
     gradient_norm: Float[Array, ""]
     targets: Int[Array, ""]  # positions with a label
     positions: Int[Array, ""]  # positions that are not padding
+    tiles: Float[Array, ""]  # tiles that are not padding
     busiest_expert: Float[Array, ""]  # load / mean load, the largest of all layers
-    is_finite: Bool[Array, ""]  # if not, nothing was changed
+    is_finite: Bool[Array, ""]  # loss and gradients; if not, nothing was changed
 
 
 def init_state(recipe: Recipe, params: Params) -> TrainState:
-    """The state before the first update.
+    """The state before the first update; optimiser states lie where their parameters do.
 
     Raises:
-      ConfigError: a pattern of `optimizer.frozen` fits no parameter.
+      ConfigError: a pattern of `optimizer.frozen` or `lora.targets` fits no parameter.
     """
     flat = flatten(params)
-    check_patterns(flat, recipe.optimizer.frozen)
-    trained = {path: array for path, array in flat.items() if is_trained(path, recipe.optimizer.frozen)}
-    kept = {path: array for path, array in flat.items() if path not in trained}
-    optimizer = optimizer_of(recipe.optimizer, recipe.loop.steps).init(trained)
-    return TrainState(jnp.int32(0), trained, kept, optimizer)
+    trained, kept = _parts(recipe, flat)
+    if recipe.lora.rank:
+        trained = init_adapters(trained, recipe.model.seed)
+    init = optimizer_of(recipe.optimizer, recipe.loop.steps).init
+    if not isinstance(next(iter(flat.values())).sharding, NamedSharding):
+        return TrainState(jnp.int32(0), trained, kept, init(trained))
+    like = shardings_of(abstract_state(recipe, flat))
+    step = jax.device_put(np.int32(0), like.step)
+    return TrainState(step, trained, kept, jax.jit(init, out_shardings=like.optimizer)(trained))
 
 
-def make_step(model: VL2Model, recipe: Recipe) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
-    """The jitted update. Its batch has one more leading axis: `optimizer.accumulate` batches to a step."""
+def abstract_state(recipe: Recipe, params: Mapping[str, Any]) -> TrainState:
+    """Shape, dtype and sharding of the state of parameters that have these three (`sharding.rules`)."""
+    trained, kept = _parts(recipe, params)
+    whole = NamedSharding(next(iter(params.values())).sharding.mesh, PartitionSpec())
+
+    def beside(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
+        parameter = trained.get(str(getattr(path[-1], "key", ""))) if path else None
+        sharding = whole if parameter is None else parameter.sharding
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    optimizer = jax.eval_shape(optimizer_of(recipe.optimizer, recipe.loop.steps).init, trained)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(step, trained, kept, jax.tree_util.tree_map_with_path(beside, optimizer))
+
+
+def shardings_of(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
+def _parts(recipe: Recipe, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is trained, and what is kept; adapters are described only."""
+    if recipe.lora.rank:
+        return dict(abstract_adapters(recipe.lora, params)), dict(params)
+    check_patterns(params, recipe.optimizer.frozen)
+    trained = {path: leaf for path, leaf in params.items() if is_trained(path, recipe.optimizer.frozen)}
+    return trained, {path: leaf for path, leaf in params.items() if path not in trained}
+
+
+def model_variables(
+    recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str, Array]
+) -> tuple[Params, Params | None]:
+    """What the model computes with: its parameters, and its adapters where these are what is trained."""
+    if recipe.lora.rank:
+        return unflatten(kept), collection_of(recipe.lora, trained)
+    return unflatten({**trained, **kept}), None
+
+
+def params_of(recipe: Recipe, state: TrainState) -> dict[str, Array]:
+    """The flat parameters of the trained model, adapters merged."""
+    if recipe.lora.rank:
+        return merge(state.kept, adapters_of(recipe.lora, state.trained))
+    return {**state.trained, **state.kept}
+
+
+def make_step(
+    model: VL2Model, recipe: Recipe, like: TrainState | None = None
+) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
+    """The jitted update. Its batch has one more leading axis: `optimizer.accumulate` batches to a step.
+
+    Args:
+      like: a state on a mesh; the new one lies as it does.
+    """
     optimizer, objective = optimizer_of(recipe.optimizer, recipe.loop.steps), recipe.objective
 
     def loss_of(trained: dict, kept: dict, batch: PackedBatch, targets: Array) -> tuple[Array, Any]:
+        params, adapters = model_variables(recipe, trained, kept)
         with matmul_precision(model.dtype):
             found = losses(
                 model,
-                unflatten({**trained, **kept}),
+                params,
                 batch,
                 count_padding=objective.count_padding,
                 chunk=objective.loss_chunk,
                 balance_weight=objective.balance_loss,
                 targets=targets,
+                adapters=adapters,
             )
         pieces = recipe.optimizer.accumulate
         return found.next_token + found.balance.sum() / pieces, (found.next_token, found.balance, found.load)
@@ -98,16 +157,17 @@ def make_step(model: VL2Model, recipe: Recipe) -> Callable[[TrainState, PackedBa
             rest = jax.tree.map(lambda a: a[1:], batches)
             (gradients, told), _ = jax.lax.scan(accumulate, (gradients, told), rest)
         loss, balance, load = told
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
         norm = optax.global_norm(gradients)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
-        new = TrainState(
-            state.step + 1,
-            optax.apply_updates(state.trained, updates),
-            balanced(state.kept, load, objective.bias_step),
-            optimizer_state,
-        )
-        new = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, state)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def advanced() -> TrainState:
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+            trained: Any = optax.apply_updates(state.trained, updates)
+            kept = balanced(state.kept, load, objective.bias_step)
+            return TrainState(state.step + 1, trained, kept, optimizer_state)
+
+        # A branch rather than a choice between two states: each would be written, 5 times the time on a CPU.
+        new = jax.lax.cond(is_finite, advanced, lambda: state)
         mean = jnp.maximum(load.mean(axis=-1), 1.0)
         return new, Metrics(
             loss=loss,
@@ -115,11 +175,18 @@ def make_step(model: VL2Model, recipe: Recipe) -> Callable[[TrainState, PackedBa
             gradient_norm=norm,
             targets=targets,
             positions=(batches.segments > 0).sum(),
+            tiles=(batches.visual_index >= FIRST_TOKEN_ROW).sum() / model.config.tokens_per_tile,
             busiest_expert=(load.max(axis=-1) / mean).max(),
             is_finite=is_finite,
         )
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=None if like is None else (shardings_of(like), None))
+
+
+@jax.jit
+def all_finite(state: TrainState) -> Bool[Array, ""]:
+    """Whether all that is trained consists of numbers, optimiser states included."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.trained, state.optimizer))]).all()
 
 
 def balanced(kept: dict[str, Array], load: Float[Array, "layers E"], step: float) -> dict[str, Array]:

@@ -1,0 +1,56 @@
+"""PEFT reads the adapters that are written here, and adds the same products."""
+
+import jax
+import numpy as np
+import torch
+from peft import PeftModel
+
+from convert.adapters import merge, write_adapters
+from convert.weight_map import flatten, plan
+from tests.peers.transformers_models import released_tensors
+from vl2_jax.config import VL2Config
+from vl2_jax.model.vl2 import init_params
+from vl2_jax.training.lora import abstract_adapters, adapters_of, init_adapters
+from vl2_jax.training.recipe import LoraRecipe
+
+
+def modules_named(tensors):
+    """Linear layers under the released names, nothing else of the model."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        if not name.endswith(".weight") or tensor.ndim != 2:
+            continue
+        *parents, last = name.removesuffix(".weight").split(".")
+        node = root
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, torch.nn.Module())
+            node = node._modules[parent]
+        linear = torch.nn.Linear(*tensor.shape[::-1], bias=False)
+        linear.weight = torch.nn.Parameter(tensor.clone())
+        node.add_module(last, linear)
+    return root
+
+
+def test_peft_merges_the_same_weights(tmp_path):
+    config = VL2Config.preset("vl2-nano")
+    params = flatten(init_params(config, jax.random.key(0)))
+    recipe = LoraRecipe(rank=4, alpha=8.0, targets=("language/layers_*/*_proj*", "vision/blocks_*", "projector/*"))
+    factors = init_adapters(abstract_adapters(recipe, params), seed=1)
+    factors = {path: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape) for path, leaf in factors.items()}
+    adapters = adapters_of(recipe, factors)
+    write_adapters(tmp_path / "adapters", adapters, plan(config), "vl2-nano")
+
+    def released(flat):
+        return released_tensors(config, flat)
+
+    base = released(params)
+    model = PeftModel.from_pretrained(modules_named(base), str(tmp_path / "adapters"))
+    theirs = dict(model.merge_and_unload().named_parameters())
+    ours = released(merge(params, adapters))
+    changed = {name for name, tensor in ours.items() if not torch.equal(tensor, base[name])}
+    assert {name.removesuffix(".weight") for name in changed} == {
+        key.removesuffix(".weight") for leaf in plan(config) if leaf.path in adapters.pairs for key in leaf.keys
+    }
+    for name in changed:
+        np.testing.assert_allclose(theirs[name].detach().numpy(), ours[name].numpy(), atol=1e-6)

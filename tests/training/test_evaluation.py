@@ -1,0 +1,100 @@
+"""The look at a model in training, and what is counted of its arithmetic."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import vl2_jax
+from tests.conftest import GOLDENS
+from tests.training.conftest import ANSWERS, PICTURES
+from vl2_jax.config import VL2Config
+from vl2_jax.ops.chips import peak_flops
+from vl2_jax.training.flops import costs_of, training_costs
+from vl2_jax.training.formats import to_conversation
+from vl2_jax.training.loop import train
+from vl2_jax.training.objective import losses
+from vl2_jax.training.recipe import build_recipe
+
+
+def test_a_run_is_evaluated_and_asked(recipe, data_file, tmp_path):
+    told = []
+    changes = [
+        f'evaluation.sources=[{{path="{data_file}"}}]',
+        "evaluation.every=4",
+        "evaluation.samples=3",
+        "evaluation.max_tokens=4",
+        "loop.profile_from=1",
+        "loop.profile_steps=1",
+    ]
+    run = train(recipe(*changes), tmp_path / "run", told.append)
+    rows = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert rows[1]["loss"] < rows[0]["loss"]
+
+    # The loss is that of all conversations, each by itself.
+    vl2 = vl2_jax.VL2(run.model.config, run.params, run.processor, "float32")
+    total = targets = 0
+    for line in data_file.read_text().splitlines():
+        batch = vl2.processor(to_conversation(json.loads(line), data_file.parent), inference=False)
+        counted = int((batch.labels[:, 1:] != -100).sum())
+        total += float(losses(vl2.model, vl2.params, batch).next_token) * counted
+        targets += counted
+    assert rows[1]["loss"] == pytest.approx(total / targets, rel=1e-4)
+
+    asked = [json.loads(line) for line in (tmp_path / "run/samples/00000008.jsonl").read_text().splitlines()]
+    row = next(row for row in asked if "<image>" in row["question"])
+    picture = GOLDENS / "images" / PICTURES[ANSWERS.index(row["expected"])]
+    turn = {"role": "user", "content": row["question"], "images": [picture]}
+    assert row["answer"] == vl2.generate([turn], max_tokens=4)[0].text
+    drawn = Image.open(tmp_path / f"run/samples/00000008-{asked.index(row)}.png")
+    assert drawn.size == Image.open(picture).size
+    assert any(row["answer"] in line and f"(right: {row['expected']})" in line for line in told)
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert all(row["flops_per_second"] > 0 and row["tiles_per_second"] > 0 for row in log)
+
+
+@pytest.mark.parametrize(
+    ("size", "active"),
+    # Weights that a text position visits, the vocabulary's once: SPEC's activated parameters without the vision tower.
+    [("vl2-tiny", 0.57e9), ("vl2-small", 2.45e9), ("vl2-base", 4.12e9)],
+)
+def test_a_position_costs_two_operations_for_each_weight_it_visits(size, active):
+    assert costs_of(VL2Config.preset(size)).position == pytest.approx(2 * active, rel=0.01)
+
+
+def test_what_is_frozen_costs_no_gradients():
+    config = VL2Config.preset("vl2-nano")
+    costs = costs_of(config)
+    language, tiles = costs.forward(8192, 4096, 0), costs.tile * 5
+
+    def of(**tables):
+        return training_costs(config, build_recipe(tables)).of(8192, 5)
+
+    assert of() == pytest.approx(3 * (language + tiles))
+    assert of(optimizer={"frozen": ["vision/*"]}) == pytest.approx(3 * language + tiles)
+    assert of(optimizer={"frozen": ["vision/*", "language/*"]}) == pytest.approx(2 * language + tiles)
+    assert of(lora={"rank": 8}) == pytest.approx(2 * language + tiles)
+
+
+def test_xla_counts_the_same_operations_without_the_experts():
+    """Where no kernel hides anything: the decoder's dense layers, on this machine's compiler."""
+    import jax
+    import jax.numpy as jnp
+
+    from vl2_jax.model.vl2 import VL2Model, abstract_params, apply
+
+    config = VL2Config.preset("vl2-nano")
+    model, params = VL2Model(config, jnp.float32, jnp.float32), abstract_params(config, jnp.float32)
+    tiles = jax.ShapeDtypeStruct((4, 112, 112, 3), jnp.uint8)
+    lowered = jax.jit(lambda p, t: apply(model, p, t, method="encode_tiles")).lower(params, tiles)
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert counted == pytest.approx(4 * costs_of(config).tile, rel=0.1)
+
+
+def test_peaks_are_known_of_tpus_alone():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("cpu") is None
+    assert np.isfinite(peak_flops("TPU v4"))

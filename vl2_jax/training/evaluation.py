@@ -1,0 +1,110 @@
+"""A look at a model in training: its loss on conversations that it does not learn from, and some answers in full.
+
+OUT/evaluation.jsonl                 the loss, and so in TensorBoard
+OUT/samples/00000500.jsonl           question, right answer, the model's answer
+OUT/samples/00000500-0.png           the picture asked about, with the answer's boxes drawn on it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.weight_map import unflatten
+from vl2_jax.api import VL2
+from vl2_jax.inference.generate import matmul_precision
+from vl2_jax.model.vl2 import VL2Model
+from vl2_jax.processing.batch import IGNORED, Processor
+from vl2_jax.processing.grounding import draw_boxes
+from vl2_jax.processing.images import load_image
+from vl2_jax.training.data import batches, first_questions
+from vl2_jax.training.log import Log
+from vl2_jax.training.objective import losses
+from vl2_jax.training.packing import PackedBatch
+from vl2_jax.training.recipe import Recipe
+from vl2_jax.training.step import TrainState, model_variables, params_of
+
+EVALUATION_FILE, SAMPLES = "evaluation.jsonl", "samples"
+
+
+class Evaluation:
+    """Everything that is asked again and again; read once.
+
+    Args:
+      share: this process's of every batch, and of how many.
+      place: lays a host's batch out on the devices.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: VL2Model,
+        processor: Processor,
+        folder: Path,
+        share: tuple[int, int],
+        place: Callable[[PackedBatch], PackedBatch],
+    ):
+        self._recipe, self._model, self._processor, self._folder = recipe, model, processor, folder
+        described = recipe.evaluation
+        data = dataclasses.replace(recipe.data, sources=described.sources, epochs=1)
+        stream = itertools.islice(batches(data, processor, *share), described.batches) if described.sources else ()
+        self._batches = [jax.tree.map(lambda a: a[0], place(jax.tree.map(lambda a: a[None], b))) for b in stream]
+        self._questions = first_questions(data, described.samples) if described.sources else []
+        self._loss = jax.jit(self._sum_of_losses)
+
+    def is_due(self, step: int) -> bool:
+        every = self._recipe.evaluation.every
+        return bool(self._batches and (step == self._recipe.loop.steps or (every and step % every == 0)))
+
+    def __call__(self, step: int, state: TrainState, log: Log, tell: Callable[[str], None]) -> None:
+        sums = [jax.device_get(self._loss(state.trained, state.kept, batch)) for batch in self._batches]
+        loss = float(sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums)))
+        log.record(EVALUATION_FILE, {"step": step, "loss": loss}, prefix="evaluation/")
+        tell(f"step {step}  evaluation loss {loss:.4f}")
+        if self._questions:
+            self._ask(step, state, log, tell)
+
+    def _sum_of_losses(self, trained: dict, kept: dict, batch: PackedBatch) -> tuple[Any, Any]:
+        params, adapters = model_variables(self._recipe, trained, kept)
+        targets = (batch.labels[:, 1:] != IGNORED).sum()
+        with matmul_precision(self._model.dtype):
+            found = losses(
+                self._model,
+                params,
+                batch,
+                chunk=self._recipe.objective.loss_chunk,
+                targets=jnp.float32(1.0),
+                adapters=adapters,
+            )
+        return found.next_token, targets
+
+    def _ask(self, step: int, state: TrainState, log: Log, tell: Callable[[str], None]) -> None:
+        params = unflatten(params_of(self._recipe, state))
+        vl2 = VL2(self._model.config, params, self._processor, self._model.dtype, layout=self._model.layout)
+        turns = [messages for messages, _ in self._questions]
+        answers = vl2.generate(turns, max_tokens=self._recipe.evaluation.max_tokens)
+        if jax.process_index() != 0:
+            return
+        folder = self._folder / SAMPLES
+        folder.mkdir(exist_ok=True)
+        lines = []
+        for number, ((messages, expected), answer) in enumerate(zip(self._questions, answers, strict=True)):
+            question = messages[-1]["content"]
+            lines.append({"question": question, "expected": expected, "answer": answer.text})
+            tell(f"  {question.strip().splitlines()[-1]}  ->  {answer.text}   (right: {expected})")
+            pictures = [picture for message in messages for picture in message.get("images", ())]
+            if pictures:
+                drawn = draw_boxes(load_image(pictures[-1]), answer.boxes)
+                drawn.save(folder / f"{step:08d}-{number}.png")
+                if log.board is not None:
+                    log.board.add_image(f"samples/{number}", np.asarray(drawn), step, dataformats="HWC")
+        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        (folder / f"{step:08d}.jsonl").write_text(text + "\n", encoding="utf-8")
