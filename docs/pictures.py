@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -63,6 +64,19 @@ def draw_sequence(resolution) -> None:
     figure.savefig(OUT / "sequence.png", dpi=80)
 
 
+def draw_training() -> None:
+    """The loss of vl2-nano's stages, one after another, from the logs that its runs wrote."""
+    figure, axes = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    begin = 0
+    for path in sorted((Path(__file__).parent / "logs").glob("nano-*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        axes.plot([begin + row["step"] for row in rows], [row["loss"] for row in rows], label=path.stem, linewidth=1)
+        begin += rows[-1]["step"]
+    axes.set(xlabel="step", ylabel="loss of answers", yscale="log")
+    axes.legend()
+    figure.savefig(OUT / "nano-loss.png", dpi=80)
+
+
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
     photograph = load_image(ROOT / "assets" / "grace_hopper.jpg")
@@ -70,3 +84,4 @@ if __name__ == "__main__":
     best = select_best_resolution(photograph.size, candidates)
     draw_tiles(photograph, best)
     draw_sequence(best)
+    draw_training()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vl2_jax.errors import ConfigError
 from vl2_jax.processing.grounding import Box, parse_boxes, write_boxes
 from vl2_jax.scenes import SceneSizes, SceneSource, scene_conversation
 from vl2_jax.scenes.conversations import describe, refer, turns_about
@@ -69,3 +70,13 @@ def test_a_conversation_holds_what_was_asked_for():
         conversation = scene_conversation(number, SceneSizes(turns=3, longest_side=112))
         assert len(conversation["skills"]) == len(conversation["messages"]) // 2 <= 3
         assert all(max(image.size) <= 112 for image in conversation["messages"][0]["images"])
+
+
+def test_only_the_skills_that_were_asked_for_are_asked():
+    for number in range(10):
+        assert set(scene_conversation(number, SceneSizes(skills=("read", "count")))["skills"]) <= {"read", "count"}
+
+
+def test_a_skill_that_these_scenes_never_need_is_refused():
+    with pytest.raises(ConfigError, match="never asked for"):
+        scene_conversation(0, SceneSizes(most_words=0, skills=("read",)))

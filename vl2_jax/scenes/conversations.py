@@ -12,11 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from vl2_jax.errors import ConfigError
 from vl2_jax.processing.conversation import IMAGE_TAG
 from vl2_jax.processing.grounding import write_boxes
 from vl2_jax.scenes.drawing import COLOURS, SHAPES, Scene, Thing, render, sample_scene
 
+SKILLS = (
+    "caption", "grounded caption", "count", "colour", "size", "shape", "relation", "read", "locate", "presence",
+    "which is not there", "compare",
+)  # fmt: skip
 _TWO_PICTURES = 0.12  # share of conversations about two pictures
+_ATTEMPTS = 100
+_UNITS, _WHOLE = 10, (999, 999)  # of a hundredth, and of the picture, in the model's coordinates
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,16 @@ class SceneSizes:
 
     Attributes:
       turns: most questions.
-      most_shapes: of a scene.
+      most_shapes, most_words: of a scene.
       longest_side: of a picture, in pixels.
+      skills: that are asked for, of `SKILLS`; empty is all. Scenes that none of them fits are drawn again.
     """
 
     turns: int = 6
-    most_shapes: int = 5
-    longest_side: int = 400
+    most_shapes: int = 4
+    most_words: int = 2
+    longest_side: int = 320
+    skills: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,11 +75,26 @@ class SceneSource:
 
 
 def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes()) -> dict[str, Any]:
-    """`{"messages": [...], "skills": [...]}`: pictures, questions and answers, one skill a question."""
+    """`{"messages": [...], "skills": [...]}`: pictures, questions and answers, one skill a question.
+
+    Raises:
+      ConfigError: scenes of these sizes cannot be asked for any of these skills.
+    """
     random = np.random.default_rng(seed)
-    pictures = 2 if random.random() < _TWO_PICTURES else 1
-    scenes = [sample_scene(random, sizes.most_shapes, sizes.longest_side) for _ in range(pictures)]
-    asked = two_picture_turns(random, scenes[0], scenes[1]) if pictures == 2 else turns_about(random, scenes[0])
+    for _ in range(_ATTEMPTS):
+        pictures = 2 if random.random() < _TWO_PICTURES else 1
+        scenes = [
+            sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words) for _ in range(pictures)
+        ]
+        asked = two_picture_turns(random, scenes[0], scenes[1]) if pictures == 2 else turns_about(random, scenes[0])
+        asked = [turn for turn in asked if turn.skill in (sizes.skills or SKILLS)]
+        if asked:
+            break
+    else:
+        raise ConfigError(
+            f"sizes.skills is {list(sizes.skills)}, which scenes of at most {sizes.most_shapes} shapes and "
+            f"{sizes.most_words} words are never asked for; skills are {', '.join(SKILLS)}."
+        )
     chosen = _spread(random, asked, sizes.turns)
     messages: list[dict[str, Any]] = []
     for number, turn in enumerate(chosen):
@@ -127,9 +152,14 @@ def describe(scene: Scene, grounded: bool = False) -> str:
 
 
 def boxes(scene: Scene, things: Sequence[Thing]) -> str:
-    """Where things are, from left to right, as the model writes it."""
+    """Where things are, from left to right, as the model writes it, to the nearest hundredth of the picture.
+
+    Finer digits would mostly be noise: a pixel of a tile is a hundredth.
+    """
+    sizes = (scene.width, scene.height) * 2
     ordered = sorted(things, key=lambda thing: thing.centre)
-    return write_boxes([thing.box for thing in ordered], scene.width, scene.height)
+    hundredths = [[round(100 * edge / whole) for edge, whole in zip(thing.box, sizes)] for thing in ordered]
+    return write_boxes([[_UNITS * edge for edge in box] for box in hundredths], *_WHOLE)
 
 
 def plural(kind: str) -> str:

@@ -25,11 +25,12 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 WORDS = tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split())
-_SIDES = {"small": (0.14, 0.20), "large": (0.30, 0.42)}  # of a shape / shorter side of the picture
-_WORD_HEIGHTS = (0.14, 0.24)
+# Of a shape or a word / the side of a square as large as the picture.
+_SIDES = {"small": (0.18, 0.24), "large": (0.36, 0.48)}
+_WORD_HEIGHTS = (0.18, 0.28)
 _SMALLEST_FONT = 11.0
-_WIDEST_RATIO = 3.0
-_MOST_COVERED = 0.25  # of a shape, by another shape
+_WIDEST_RATIO = 2.0
+_MOST_COVERED = 0.2  # of a shape, by another shape
 _ATTEMPTS = 20
 
 Pixels = tuple[int, int, int, int]  # x1, y1, x2, y2
@@ -71,13 +72,13 @@ class Scene:
         return tuple(thing for thing in self.things if thing.is_word)
 
 
-def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: int) -> Scene:
-    """A scene of up to `most_shapes` shapes and up to two words, at any aspect ratio between 1:3 and 3:1."""
+def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: int, most_words: int = 2) -> Scene:
+    """A scene of up to `most_shapes` shapes and `most_words` words, at any aspect ratio between 1:2 and 2:1."""
     ratio = 1.0 if random.random() < 0.4 else _WIDEST_RATIO ** random.uniform(-1, 1)
     side = int(random.integers(112, longest_side + 1))
     width, height = (max(64, round(side * min(1.0, r))) for r in (ratio, 1 / ratio))
     background = tuple(int(c) for c in random.integers(200, 256, 3))
-    words = int(random.choice(3, p=(0.35, 0.45, 0.2)))
+    words = min(most_words, int(random.choice(3, p=(0.35, 0.45, 0.2)))) if most_shapes else most_words
     shapes = int(random.integers(0 if words else 1, most_shapes + 1))
     things: list[Thing] = []
     for number in range(words + shapes):
@@ -85,7 +86,7 @@ def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: in
         placed = _placed(random, sample(random, width, height), things, width, height)
         things += [placed] if placed else []
     if not things:
-        return sample_scene(random, most_shapes, longest_side)
+        return sample_scene(random, most_shapes, longest_side, most_words)
     return Scene(width, height, background, tuple(things[i] for i in random.permutation(len(things))))
 
 
@@ -109,14 +110,14 @@ def render(scene: Scene) -> Image.Image:
 
 def _sample_shape(random: np.random.Generator, width: int, height: int) -> Thing:
     size = _pick(random, tuple(_SIDES))
-    side = round(min(width, height) * random.uniform(*_SIDES[size]))
+    side = min(round(math.sqrt(width * height) * random.uniform(*_SIDES[size])), width, height)
     return Thing(_pick(random, SHAPES), _pick(random, tuple(COLOURS)), (0, 0, side, side), size)
 
 
 def _sample_word(random: np.random.Generator, width: int, height: int) -> Thing:
     text = _pick(random, WORDS)
     widest = 0.9 * width / (0.75 * len(text))
-    font_size = max(_SMALLEST_FONT, min(widest, min(width, height) * random.uniform(*_WORD_HEIGHTS) * 1.3))
+    font_size = max(_SMALLEST_FONT, min(widest, math.sqrt(width * height) * random.uniform(*_WORD_HEIGHTS) * 1.3))
     left, top, right, bottom = ImageFont.load_default(font_size).getbbox(text)
     box = (0, 0, round(right - left), round(bottom - top))
     return Thing("word", _pick(random, tuple(COLOURS)), box, text=text, font_size=font_size)
