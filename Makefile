@@ -4,18 +4,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+TESTS ?= tests
 comma := ,
 
 .PHONY: demo test test-slow peers tpu lint setup clean
 
 demo: $(VENV)/.ready-demo
-	@test -d out/nano || $(BIN)/python -m convert.random_checkpoint vl2-nano out/nano
-	@echo "The model below is vl2-nano with RANDOM weights: its answer shows that everything runs, and means nothing."
-	$(BIN)/vl2 generate --model out/nano --image assets/grace_hopper.jpg \
-	  --prompt "Who is this?" --max-tokens 40 --save-boxes out/demo.png
+	@mkdir -p out
+	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --prompt "What do you see?"
+	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --save-boxes out/demo.png \
+	  --prompt "Locate <|ref|>the star<|/ref|> in the given image."
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n $(WORKERS) -q
+	$(BIN)/python -m pytest -n $(WORKERS) -q $(TESTS)
 
 test-slow: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m slow

@@ -15,7 +15,7 @@
 #
 # Load a model, see what it sees, ask, and draw the boxes of its answer. Everything runs on a CPU in about a minute.
 #
-# The model here is `vl2-nano` with **random weights**: it shows how things work, and its answers mean nothing. For real answers give
+# The model here is `vl2-nano`, which comes with the project: it is small, is still in training, and knows only drawn scenes of shapes and words. Give
 # `vl2_jax.load` a released model: `"deepseek-ai/deepseek-vl2-tiny"` (13 GB of memory in float32), or its directory.
 #
 # In Colab or elsewhere without a checkout, first: `%pip install "vl2-jax[notebooks]"`.
@@ -28,17 +28,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import vl2_jax
-from convert.random_checkpoint import create
 from vl2_jax.processing.grounding import draw_boxes, parse_boxes
 from vl2_jax.processing.images import load_image
 
 root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "assets").is_dir())
-photograph = root / "assets" / "grace_hopper.jpg"
-directory = root / "out" / "nano"
-if not directory.is_dir():
-    create("vl2-nano", directory)
+scene = root / "assets" / "scene.png"
 
-vl2 = vl2_jax.load(directory)
+vl2 = vl2_jax.load("vl2-nano")
 print(f"{sum(a.size for a in jax.tree.leaves(vl2.params)):,} parameters")
 
 # %% [markdown]
@@ -49,7 +45,7 @@ print(f"{sum(a.size for a in jax.tree.leaves(vl2.params)):,} parameters")
 
 # %%
 conversation = [
-    {"role": "user", "content": "<image>\nWho is this?", "images": [str(photograph)]},
+    {"role": "user", "content": "<image>\nWhat do you see?", "images": [str(scene)]},
     {"role": "assistant", "content": ""},
 ]
 batch = vl2.processor(conversation)
@@ -78,28 +74,32 @@ print(answer.finish_reason, answer.token_ids[:8], np.round(answer.logprobs[:4], 
 # Sampling, several questions at once (of any lengths: each gets the answer that it would get alone), and a chat that keeps its cache:
 
 # %%
-questions = ["Describe the picture.", "What is on her jacket, and what does it tell about her career in the navy?"]
-several = [[{"role": "user", "content": f"<image>\n{q}", "images": [str(photograph)]}] for q in questions]
+questions = ["How many shapes are there?", "Where is the yellow star, seen from the red ring: left of or right of it?"]
+several = [[{"role": "user", "content": f"<image>\n{q}", "images": [str(scene)]}] for q in questions]
 for row in vl2.generate(several, max_tokens=8, temperature=0.7, seed=1):
     print(row.prompt_tokens, repr(row.text))
 
 chat = vl2.chat()
-chat.ask("<image>\nWho is this?", [str(photograph)], max_tokens=8)
+chat.ask("<image>\nWhat do you see?", [str(scene)], max_tokens=8)
 chat.ask("Are you sure?", max_tokens=8)
 print(vl2.generator.timings.reused_tokens, "positions came from the cache")
 
 # %% [markdown]
 # ## Point at things
 #
-# A trained model answers `<|ref|>the hat<|/ref|>` with boxes. The beginning of an answer can be given, and the model continues it. Random weights
-# would never close the bracket, so we write a whole answer ourselves to see what happens with it: numbers are 0 to 999 of the picture's sides.
+# Asked with `<|ref|>...<|/ref|>`, the model answers with boxes: numbers are 0 to 999 of the picture's sides, and `answer.boxes` are pixels. The beginning of an
+# answer can be given, and the model continues it.
 
 # %%
-hat = "<|ref|>the hat<|/ref|><|det|>[[330, 10, 740, 270]]<|/det|>"
-ribbons = "<|ref|>the ribbons<|/ref|><|det|>[[640, 810, 860, 890]]<|/det|>"
-picture = load_image(photograph)
-boxes = parse_boxes(f"She wears {hat} and {ribbons}.", *picture.size)
-print(boxes)
-plt.figure(figsize=(4, 4.7))
+picture = load_image(scene)
+begun = "<|ref|>the ring<|/ref|><|det|>[["
+turns = [
+    {"role": "user", "content": "<image>\n<|ref|>the ring<|/ref|>", "images": [str(scene)]},
+    {"role": "assistant", "content": begun},
+]
+(answer,) = vl2.generate(turns, max_tokens=24)
+boxes = parse_boxes(begun + answer.text, *picture.size)
+print(answer.text, boxes)
+plt.figure(figsize=(4, 4))
 plt.imshow(draw_boxes(picture, boxes))
 plt.axis("off")
