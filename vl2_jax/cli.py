@@ -253,7 +253,7 @@ def evaluate(
     model: str,
     count: int = 100,
     seed: int = 1_000_000,
-    longest_side: int = 400,
+    longest_side: int = 320,
     json: bool = False,
     adapters: Path | None = None,
     devices: _DevicesFlags = _ONE_DEVICE,
