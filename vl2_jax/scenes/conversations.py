@@ -47,8 +47,8 @@ class SceneSizes:
     """
 
     turns: int = 6
-    most_shapes: int = 4
-    most_words: int = 2
+    most_shapes: int = 3
+    most_words: int = 1
     longest_side: int = 320
     skills: tuple[str, ...] = ()
 
