@@ -177,6 +177,11 @@ def replace_directory(new: Path, final: Path, report: Report = silent) -> None:
     os.rename(new, final)
 
 
+def unfinished_path(final: Path) -> Path:
+    """Where what will become `final` is written."""
+    return final.with_name(f".{final.name}.unfinished")
+
+
 def unfinished_directory(final: Path) -> Path:
     """A fresh place to write what will become `final`; what an interrupted run left there is removed.
 
@@ -187,7 +192,7 @@ def unfinished_directory(final: Path) -> Path:
         raise CheckpointError(f"{final} exists already; remove it or choose another destination.")
     if final.exists():
         final.rmdir()
-    new = final.with_name(f".{final.name}.unfinished")
+    new = unfinished_path(final)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     return new

@@ -24,7 +24,7 @@ def test_a_number_gives_the_same_conversation_again():
 
 @pytest.mark.parametrize("seed", range(30))
 def test_things_stand_inside_of_the_picture_where_their_boxes_say(seed):
-    scene = sample_scene(np.random.default_rng(seed), 5, 400)
+    scene = sample_scene(np.random.default_rng(seed), most_shapes=5, longest_side=400, most_words=2)
     pixels = np.asarray(render(scene)).astype(int)
     assert 1 <= len(scene.things) <= 7
     for thing in scene.things:

@@ -118,9 +118,7 @@ def find_model(model: str | Path) -> Path:
     if is_remote(directory):
         return _on_bucket(directory)
     if directory.is_dir():
-        if not (directory / CONFIG_FILE).is_file():
-            raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
-        return directory
+        return _with_config(directory, (directory / CONFIG_FILE).is_file())
     name = str(model)
     if name == SHIPPED:
         return Path(__file__).with_name("nano")
@@ -150,6 +148,10 @@ def _on_bucket(directory: Path) -> Path:
         ) from None
     except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
         raise CheckpointError(f"{directory} cannot be read ({error}); check its name and your credentials.") from None
+    return _with_config(directory, found)
+
+
+def _with_config(directory: Path, found: bool) -> Path:
     if not found:
         raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
     return directory

@@ -25,6 +25,7 @@ from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.progress import Display
+from vl2_jax.scenes import SceneSizes
 from vl2_jax.sharding.devices import Devices
 
 app = tyro.extras.SubcommandApp()
@@ -253,7 +254,7 @@ def evaluate(
     model: str,
     count: int = 100,
     seed: int = 1_000_000,
-    longest_side: int = 320,
+    longest_side: int = SceneSizes.longest_side,
     json: bool = False,
     adapters: Path | None = None,
     devices: _DevicesFlags = _ONE_DEVICE,
@@ -268,7 +269,6 @@ def evaluate(
         json: Print one object.
         adapters: Directory of low-rank adapters in PEFT's layout, to be merged into the weights.
     """
-    from vl2_jax.scenes import SceneSizes
     from vl2_jax.scenes.evaluation import ask_all, table
 
     if count < 1:

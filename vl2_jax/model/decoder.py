@@ -22,6 +22,7 @@ from vl2_jax.model.layers import (
     Layout,
     Linear,
     RMSNorm,
+    cache_axes,
     declare,
     scan_layers,
     variables_of,
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
             x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
             x = self.layout.constrain(x, "batch", None, None)
             if layer_cache is not None:
-                layer_cache = laid_out(self.config, layer_cache, self.layout)
+                layer_cache = laid_out(layer_cache, self.layout)
             self.sow("intermediates", "layer_out", x)
             new_cache.append(layer_cache)
             if routing is not None:
@@ -165,13 +166,12 @@ class DecoderLayer(nn.Module):
 def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype, layout: Layout = ONE_DEVICE) -> Cache:
     """An empty cache with room for `length` positions of every sequence."""
     layers = (init_layer_cache(config, batch, length, dtype) for _ in range(config.num_hidden_layers))
-    return tuple(laid_out(config, layer, layout) for layer in layers)
+    return tuple(laid_out(layer, layout) for layer in layers)
 
 
-def laid_out(config: LanguageConfig, cache: LayerCache, layout: Layout) -> LayerCache:
+def laid_out(cache: LayerCache, layout: Layout) -> LayerCache:
     """Sequences are spread over devices, and so are heads; latents have none, so tensor parallelism repeats them."""
-    axes = ("batch", None, None) if config.use_mla else ("batch", "heads", None, None)
-    return tuple(layout.constrain(rows, *axes) for rows in cache)
+    return tuple(layout.constrain(rows, *cache_axes(rows.ndim)) for rows in cache)
 
 
 def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:

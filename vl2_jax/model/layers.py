@@ -68,6 +68,11 @@ ONE_DEVICE = Layout()
 ADAPTERS = "adapters"  # the collection of variables beside "params"
 
 
+def cache_axes(rank: int) -> tuple[str | None, ...]:
+    """Logical axes of an array of a cache: latents `[B, S, R + P]` have no heads, keys and values `[B, H, S, K]` do."""
+    return ("batch", "heads", None, None) if rank == 4 else ("batch", None, None)
+
+
 def variables_of(module: nn.Module, name: str) -> dict[str, Any]:
     """The parameters of a part of `module`, and its adapters if there are any, for `apply`."""
     collections = module.variables

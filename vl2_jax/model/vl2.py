@@ -8,7 +8,7 @@ B batch, T positions, I tiles, S pixels along a tile's side, M tokens of a tile,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -170,6 +170,15 @@ def abstract_boxed_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) 
     return jax.eval_shape(init, jax.random.key(0), ids, tiles)
 
 
+def map_boxed(function: Callable[[Any, tuple[str | None, ...]], Any], boxed: Any) -> Any:
+    """`function(value, logical axes)` of every parameter."""
+
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.LogicallyPartitioned)
+
+    return jax.tree.map(lambda box: function(box.value, box.names), boxed, is_leaf=is_box)
+
+
 def abstract_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Params:
     """`jax.ShapeDtypeStruct` of every parameter, as nested dictionaries."""
     return nn.unbox(abstract_boxed_params(config, param_dtype))
@@ -187,8 +196,7 @@ def init_params(config: VL2Config, key: Array, param_dtype: Dtype = jnp.float32,
 
     def init(key: Array) -> Any:
         boxed = model.init(key, ids, None, ids, tiles)["params"]
-        is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-        return jax.tree.map(lambda leaf: layout.constrain(leaf.value, *leaf.names), boxed, is_leaf=is_box)
+        return map_boxed(lambda value, names: layout.constrain(value, *names), boxed)
 
     with layout.on_devices():
         return jax.jit(init)(key)

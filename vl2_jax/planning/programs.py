@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -20,17 +21,18 @@ from vl2_jax.config import LanguageConfig, VL2Config
 from vl2_jax.inference import generate
 from vl2_jax.inference.sampling import Sampler, SamplingOptions
 from vl2_jax.model.decoder import init_cache
+from vl2_jax.model.layers import cache_axes
 from vl2_jax.model.vl2 import VL2Model
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import abstract_sharded_params, sharding_of
 from vl2_jax.training.flops import costs_of, training_costs
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import ModelRecipe, Recipe
-from vl2_jax.training.step import abstract_state, make_step
+from vl2_jax.training.step import abstract_state, build_model, make_step
 
 Purpose = Literal["decode", "prefill", "train"]
 
-_CHUNK = 512
+_CHUNK = generate.Generator.chunk_size
 _TILES_A_ROW = 7  # of a training batch: a picture of 2 x 3 tiles and its global view a sequence
 
 
@@ -77,8 +79,7 @@ def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: i
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(layout.mesh, shape, axes))
 
     rows = jax.eval_shape(lambda: init_cache(language, batch, context, jnp.bfloat16))
-    axes = ("batch", None, None) if language.use_mla else ("batch", "heads", None, None)
-    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *axes), rows)
+    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *cache_axes(leaf.ndim)), rows)
     kinds = weight_kinds(flat) | {"cache": _bytes(jax.tree.leaves(cache))}
     if purpose == "prefill":
         chunk = min(_CHUNK, context)
@@ -86,7 +87,7 @@ def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: i
         hidden = array((batch, language.hidden_size), jnp.bfloat16, None, None)
         last = array((batch,), jnp.int32, None)
         flops = _expert_flops(language, batch * chunk, layout)
-        lower = lambda: generate.prefill_chunk.lower(model, params, x, cache, hidden, np.int32(0), last)  # noqa: E731
+        lower = partial(generate.prefill_chunk.lower, model, params, x, cache, hidden, np.int32(0), last)
         return Program(lower, kinds, flops, _moved(language, kinds, batch * chunk))
     vocabulary = language.vocab_size
     tokens, positions, steps_taken = (array((batch,), jnp.int32, "batch") for _ in range(3))
@@ -95,19 +96,12 @@ def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: i
     state = generate.DecodeState(cache, tokens, positions, steps_taken, ended, seen)
     sampler = Sampler.of(SamplingOptions(), vocabulary)
     done, steps, eos = np.zeros(batch, bool), np.int32(1), np.int32(1)
-    lower = lambda: generate.decode_steps.lower(model, params, state, done, steps, sampler, eos, True)  # noqa: E731
+    lower = partial(generate.decode_steps.lower, model, params, state, done, steps, sampler, eos, True)
     return Program(lower, kinds, _expert_flops(language, batch, layout), _moved(language, kinds, batch))
 
 
 def _train(config: VL2Config, layout: MeshLayout, batch: int, context: int, recipe: Recipe) -> Program:
-    model = VL2Model(
-        config,
-        jnp.dtype(recipe.model.dtype),
-        jnp.dtype(recipe.model.param_dtype),
-        layout=layout,
-        remat=recipe.model.remat,
-        scan=recipe.model.scan,
-    )
+    model = build_model(recipe.model, config, layout)
     flat = abstract_sharded_params(config, layout.mesh, jnp.dtype(recipe.model.param_dtype))
     state = abstract_state(recipe, flat)
     size = config.vision_config.image_size

@@ -72,7 +72,7 @@ class Scene:
         return tuple(thing for thing in self.things if thing.is_word)
 
 
-def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: int, most_words: int = 2) -> Scene:
+def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: int, most_words: int) -> Scene:
     """A scene of up to `most_shapes` shapes and `most_words` words, at any aspect ratio between 1:2 and 2:1."""
     ratio = 1.0 if random.random() < 0.4 else _WIDEST_RATIO ** random.uniform(-1, 1)
     side = int(random.integers(112, longest_side + 1))

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.model.layers import Layout
+from vl2_jax.model.layers import Layout, cache_axes
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.sharding.ragged import exchange_and_compute
 from vl2_jax.sharding.rules import EXPERT, TENSOR, sharding_of, spec_of
@@ -48,8 +48,7 @@ class MeshLayout(Layout):
         return jax.lax.with_sharding_constraint(x, sharding_of(self.mesh, x.shape, axes))
 
     def on_own_sequences(self, function: Callable[..., Array], cache: Array, rows: Array, positions: Array) -> Array:
-        axes = ("batch", "heads", None, None) if cache.ndim == 4 else ("batch", None, None)
-        own = spec_of(self.mesh, cache.shape, axes)
+        own = spec_of(self.mesh, cache.shape, cache_axes(cache.ndim))
         numbers = spec_of(self.mesh, positions.shape, ("batch", None))
         return jax.shard_map(function, mesh=self.mesh, in_specs=(own, own, numbers), out_specs=own, check_vma=False)(
             cache, rows, positions

@@ -77,14 +77,13 @@ def default_mesh(config: VL2Config, devices: int, training: bool = False) -> dic
 
     Inference cuts them along `tensor`, training (with gradients and optimiser states) along `fsdp`.
     """
-    cut, rest = (FSDP, DATA) if training else (TENSOR, DATA)
+    cut = FSDP if training else TENSOR
     held, most = dense_parameters(config) * (16 if training else 2), _TRAINED_BYTES if training else _DENSE_BYTES
     experts = config.language_config.n_routed_experts or 1
     best: tuple[tuple[float, ...], dict[str, int]] | None = None
     for parts in _divisors(devices):
         for expert in _divisors(devices // parts):
-            sizes = dict.fromkeys(AXES, 1) | {cut: parts, EXPERT: expert}
-            sizes[rest] *= devices // (parts * expert)
+            sizes = dict.fromkeys(AXES, 1) | {cut: parts, EXPERT: expert, DATA: devices // (parts * expert)}
             if undivided(sizes, config):
                 continue
             score = (max(held / parts, most), -math.gcd(experts, expert), parts)

@@ -10,14 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.weight_map import flatten
 from vl2_jax.config import VL2Config
 from vl2_jax.model.layers import Dtype
-from vl2_jax.model.vl2 import abstract_boxed_params
+from vl2_jax.model.vl2 import abstract_boxed_params, map_boxed
 
 DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
 AXES = (DATA, FSDP, EXPERT, TENSOR)
@@ -62,11 +61,8 @@ def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) ->
 
 def abstract_sharded_params(config: VL2Config, mesh: Mesh, param_dtype: Dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """Path -> shape, dtype and sharding of every parameter."""
-    boxed: Any = abstract_boxed_params(config, param_dtype)
 
-    def laid(leaf: Any) -> jax.ShapeDtypeStruct:
-        value = leaf.value
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding_of(mesh, value.shape, leaf.names))
+    def laid(value: Any, names: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding_of(mesh, value.shape, names))
 
-    is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)  # noqa: E731
-    return flatten(jax.tree.map(laid, boxed, is_leaf=is_box))
+    return flatten(map_boxed(laid, abstract_boxed_params(config, param_dtype)))

@@ -29,6 +29,7 @@ from convert.checkpoint import (
     read_manifest,
     replace_directory,
     unfinished_directory,
+    unfinished_path,
     write_manifest,
 )
 from vl2_jax.errors import CheckpointError
@@ -56,7 +57,7 @@ class Checkpoints:
     def save(self, step: int, state: Any, run: dict[str, Any]) -> None:
         """Begins to write; returns once the state may be changed. At most one is written at a time."""
         self.wait()
-        new = self._path(step).with_name(f".{self._path(step).name}.unfinished")
+        new = unfinished_path(self._path(step))
         if jax.process_index() == 0:
             unfinished_directory(self._path(step))
         wait_for_all(f"checkpoint {step} begins")

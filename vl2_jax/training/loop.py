@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -32,7 +31,7 @@ from vl2_jax.training.evaluation import Evaluation
 from vl2_jax.training.log import Log
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import LoopRecipe, Recipe
-from vl2_jax.training.step import Metrics, TrainState, all_finite, init_state, make_step, params_of
+from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, init_state, make_step, params_of
 
 RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
 _MAY_CHANGE = {"data.workers", "objective.loss_chunk", "model.remat", "model.scan"}
@@ -168,7 +167,7 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
     from vl2_jax.api import load
 
     described = recipe.model
-    dtype, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)
+    _, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)  # before minutes are spent on weights
     small_files, config = described_model(recipe)
     layout = layout_of(mesh, config, recipe.holds_states)
     if described.path is not None:
@@ -177,17 +176,8 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
     else:
         processor = Processor.from_directory(small_files, config)
         params = init_params(config, jax.random.key(described.seed), param_dtype, layout)
-    mean, std = processor.config.image_mean, processor.config.image_std
-    model = VL2Model(
-        config,
-        jnp.dtype(dtype),
-        jnp.dtype(param_dtype),
-        pixel_mean=mean,
-        pixel_std=std,
-        layout=layout,
-        remat=described.remat,
-        scan=described.scan,
-    )
+    pixels = {"pixel_mean": processor.config.image_mean, "pixel_std": processor.config.image_std}
+    model = build_model(described, config, layout, **pixels)
     return Run(model, processor, recipe, init_state(recipe, params))
 
 

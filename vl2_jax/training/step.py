@@ -18,9 +18,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.adapters import merge
+from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
 from convert.weight_map import flatten, unflatten
+from vl2_jax.config import VL2Config
 from vl2_jax.inference.generate import matmul_precision
+from vl2_jax.model.layers import Layout
 from vl2_jax.model.vl2 import Params, VL2Model
 from vl2_jax.processing.batch import IGNORED
 from vl2_jax.processing.tiling import FIRST_TOKEN_ROW
@@ -28,7 +31,7 @@ from vl2_jax.training.lora import abstract_adapters, adapters_of, collection_of,
 from vl2_jax.training.objective import losses
 from vl2_jax.training.optimizer import check_patterns, is_trained, optimizer_of
 from vl2_jax.training.packing import PackedBatch
-from vl2_jax.training.recipe import Recipe
+from vl2_jax.training.recipe import ModelRecipe, Recipe
 
 
 @jax.tree_util.register_dataclass
@@ -53,6 +56,12 @@ class Metrics(NamedTuple):
     tiles: Float[Array, ""]  # tiles that are not padding
     busiest_expert: Float[Array, ""]  # load / mean load, the largest of all layers
     is_finite: Bool[Array, ""]  # loss and gradients; if not, nothing was changed
+
+
+def build_model(recipe: ModelRecipe, config: VL2Config, layout: Layout, **pixels: Any) -> VL2Model:
+    """The model that is trained; `pixels` are its mean and deviation."""
+    dtypes = dtype_of(recipe.dtype), dtype_of(recipe.param_dtype)
+    return VL2Model(config, *dtypes, layout=layout, remat=recipe.remat, scan=recipe.scan, **pixels)
 
 
 def init_state(recipe: Recipe, params: Params) -> TrainState:
