@@ -14,7 +14,7 @@
 # # Fine-tuning: a new task in minutes on a CPU
 #
 # `vl2-nano`, the small model that comes with the project, knows colours. We teach it a question that it has never been asked,
-# *is it warm or cold?*, first with low-rank adapters, then with all of its weights. With a released model the same lines run on a TPU.
+# *is its colour a warm one?*, first with low-rank adapters, then with all of its weights. With a released model the same lines run on a TPU.
 #
 # In Colab or elsewhere without a checkout, first: `%pip install "vl2-jax[train,notebooks]"`.
 
@@ -40,11 +40,11 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## The data
 #
-# A conversation a line, pictures beside the file. 400 pictures to learn from, 60 to look at now and then.
+# A conversation a line, pictures beside the file. 200 pictures to learn from, 40 to look at now and then.
 
 # %%
 WARM = {"red", "orange", "yellow", "brown"}
-QUESTION = "<image>\nIs the colour warm or cold?"
+QUESTION = "<image>\nIs its colour a warm one?"
 
 
 def draw(name: str, count: int, seed: int) -> Path:
@@ -52,7 +52,7 @@ def draw(name: str, count: int, seed: int) -> Path:
     for number in range(count):
         scene = sample_scene(np.random.default_rng((seed, number)), most_shapes=1, longest_side=112, most_words=0)
         render(scene).save(folder / f"{name}-{number}.png")
-        answer = "warm" if scene.things[0].colour in WARM else "cold"
+        answer = "yes" if scene.things[0].colour in WARM else "no"
         turns = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns, "images": [f"{name}-{number}.png"]}))
     path = folder / f"{name}.jsonl"
@@ -60,7 +60,7 @@ def draw(name: str, count: int, seed: int) -> Path:
     return path
 
 
-learned, held_out = draw("learned", 400, seed=1), draw("held-out", 60, seed=2)
+learned, held_out = draw("learned", 200, seed=1), draw("held-out", 40, seed=2)
 print(learned.read_text().splitlines()[0])
 
 
@@ -82,14 +82,14 @@ print("right before:", share_right(before))
 # see each other.
 
 # %%
-data = {"sources": [{"path": str(learned)}], "sequence_length": 256, "rows": 8, "tiles": 64, "workers": 0}
+data = {"sources": [{"path": str(learned)}], "sequence_length": 256, "rows": 4, "tiles": 32, "workers": 0}
 common = {"model": {"path": "vl2-nano"}, "data": data}
 adapters = build_recipe(
     common
     | {
         "lora": {"rank": 8, "targets": ["language/layers_*/*_proj*", "projector/*"]},
         "optimizer": {"learning_rate": 4e-3, "warmup": 5, "schedule": "cosine"},
-        "loop": {"steps": 60, "log_every": 15, "checkpoint_every": 0},
+        "loop": {"steps": 40, "log_every": 5, "checkpoint_every": 0},
     }
 )
 run = train(adapters, folder / "adapters", print)
@@ -127,7 +127,7 @@ everything = build_recipe(
     common
     | {
         "optimizer": {"learning_rate": 5e-4, "warmup": 5, "schedule": "cosine"},
-        "loop": {"steps": 40, "log_every": 10, "checkpoint_every": 0},
+        "loop": {"steps": 24, "log_every": 4, "checkpoint_every": 0},
     }
 )
 train(everything, folder / "everything", print)

@@ -74,7 +74,7 @@ print(answer.finish_reason, answer.token_ids[:8], np.round(answer.logprobs[:4], 
 # Sampling, several questions at once (of any lengths: each gets the answer that it would get alone), and a chat that keeps its cache:
 
 # %%
-questions = ["How many shapes are there?", "Where is the yellow star, seen from the red ring: left of or right of it?"]
+questions = ["How many shapes are there?", "Where is the green star, seen from the yellow circle: above or below it?"]
 several = [[{"role": "user", "content": f"<image>\n{q}", "images": [str(scene)]}] for q in questions]
 for row in vl2.generate(several, max_tokens=8, temperature=0.7, seed=1):
     print(row.prompt_tokens, repr(row.text))
@@ -92,9 +92,9 @@ print(vl2.generator.timings.reused_tokens, "positions came from the cache")
 
 # %%
 picture = load_image(scene)
-begun = "<|ref|>the ring<|/ref|><|det|>[["
+begun = "<|ref|>the circle<|/ref|><|det|>[["
 turns = [
-    {"role": "user", "content": "<image>\n<|ref|>the ring<|/ref|>", "images": [str(scene)]},
+    {"role": "user", "content": "<image>\n<|ref|>the circle<|/ref|>", "images": [str(scene)]},
     {"role": "assistant", "content": begun},
 ]
 (answer,) = vl2.generate(turns, max_tokens=24)
