@@ -77,6 +77,21 @@ def test_only_the_skills_that_were_asked_for_are_asked():
         assert set(scene_conversation(number, SceneSizes(skills=("read", "count")))["skills"]) <= {"read", "count"}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"turns": 0}, "turns of scenes is 0; expected at least 1"),
+        ({"most_shapes": -1}, "most_shapes of scenes is -1"),
+        ({"longest_side": 50}, "longest_side of scenes is 50; expected at least 112"),
+        ({"most_shapes": 0, "most_words": 0}, "one must be at least 1"),
+        ({"skills": ("reed",)}, "has 'reed'; choose from caption, "),
+    ],
+)
+def test_sizes_of_which_nothing_can_be_made_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        SceneSizes(**sizes)
+
+
 def test_a_skill_that_these_scenes_never_need_is_refused():
     with pytest.raises(ConfigError, match="never asked for"):
         scene_conversation(0, SceneSizes(most_words=0, skills=("read",)))

@@ -273,9 +273,10 @@ def evaluate(
 
     if count < 1:
         raise RequestError(f"--count is {count}; expected at least 1.")
+    sizes = SceneSizes(longest_side=longest_side)
     vl2, _ = _load(model, devices, dtype="float32", adapters=adapters)
     with Display(_messages) as report:
-        rows = table(ask_all(vl2, count, seed, SceneSizes(longest_side=longest_side), report))
+        rows = table(ask_all(vl2, count, seed, sizes, report))
     if json:
         _print_json({row.skill: {"questions": row.questions, "score": row.score} for row in rows})
         return

@@ -15,7 +15,7 @@ import numpy as np
 from vl2_jax.errors import ConfigError
 from vl2_jax.processing.conversation import IMAGE_TAG
 from vl2_jax.processing.grounding import write_boxes
-from vl2_jax.scenes.drawing import COLOURS, SHAPES, Scene, Thing, render, sample_scene
+from vl2_jax.scenes.drawing import COLOURS, SHAPES, SHORTEST_SIDE, Scene, Thing, render, sample_scene
 
 SKILLS = (
     "caption", "grounded caption", "count", "colour", "size", "shape", "relation", "read", "locate", "presence",
@@ -44,6 +44,9 @@ class SceneSizes:
       most_shapes, most_words: of a scene.
       longest_side: of a picture, in pixels.
       skills: that are asked for, of `SKILLS`; empty is all. Scenes that none of them fits are drawn again.
+
+    Raises:
+      ConfigError: sizes of which no scene or no question can be made.
     """
 
     turns: int = 6
@@ -51,6 +54,17 @@ class SceneSizes:
     most_words: int = 1
     longest_side: int = 320
     skills: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        lowest = {"turns": 1, "most_shapes": 0, "most_words": 0, "longest_side": SHORTEST_SIDE}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} of scenes is {getattr(self, name)}; expected at least {least}.")
+        if not self.most_shapes and not self.most_words:
+            raise ConfigError("most_shapes and most_words of scenes are both 0; one must be at least 1.")
+        unknown = [skill for skill in self.skills if skill not in SKILLS]
+        if unknown:
+            raise ConfigError(f"skills of scenes has {unknown[0]!r}; choose from {', '.join(SKILLS)}.")
 
 
 @dataclass(frozen=True)
@@ -92,8 +106,8 @@ def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes
             break
     else:
         raise ConfigError(
-            f"sizes.skills is {list(sizes.skills)}, which scenes of at most {sizes.most_shapes} shapes and "
-            f"{sizes.most_words} words are never asked for; skills are {', '.join(SKILLS)}."
+            f"skills of scenes is {list(sizes.skills)}, which those of at most {sizes.most_shapes} shapes and "
+            f"{sizes.most_words} words are never asked for; ask for others, or allow more in a scene."
         )
     chosen = _spread(random, asked, sizes.turns)
     messages: list[dict[str, Any]] = []

@@ -28,6 +28,7 @@ WORDS = tuple(Path(__file__).with_name("words.txt").read_text(encoding="utf-8").
 # Of a shape or a word / the side of a square as large as the picture.
 _SIDES = {"small": (0.18, 0.24), "large": (0.36, 0.48)}
 _WORD_HEIGHTS = (0.18, 0.28)
+SHORTEST_SIDE = 112  # that the longest side of a picture may have, in pixels
 _SMALLEST_FONT = 11.0
 _WIDEST_RATIO = 2.0
 _MOST_COVERED = 0.2  # of a shape, by another shape
@@ -75,7 +76,7 @@ class Scene:
 def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: int, most_words: int) -> Scene:
     """A scene of up to `most_shapes` shapes and `most_words` words, at any aspect ratio between 1:2 and 2:1."""
     ratio = 1.0 if random.random() < 0.4 else _WIDEST_RATIO ** random.uniform(-1, 1)
-    side = int(random.integers(112, longest_side + 1))
+    side = int(random.integers(SHORTEST_SIDE, longest_side + 1))
     width, height = (max(64, round(side * min(1.0, r))) for r in (ratio, 1 / ratio))
     background = tuple(int(c) for c in random.integers(200, 256, 3))
     words = min(most_words, int(random.choice(3, p=(0.35, 0.45, 0.2)))) if most_shapes else most_words
