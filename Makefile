@@ -16,10 +16,10 @@ demo: $(VENV)/.ready-demo
 	  --prompt "Locate <|ref|>the star<|/ref|> in the given image."
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n $(WORKERS) -q $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q $(TESTS)
 
 test-slow: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n $(WORKERS) -q -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m slow
 
 peers: $(VENV)/.ready-peers
 	$(BIN)/python -m pytest -q -rP tests/peers

@@ -1,6 +1,7 @@
 """TPU kernels on a CPU."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -13,4 +14,10 @@ def interpreted(function, *arguments, **options):
     may wait for it, and it for that.
     """
     with pltpu.force_tpu_interpret_mode():  # uninitialised memory reads as NaN, reads out of bounds raise
-        return jax.block_until_ready(jax.jit(partial(function, **options))(*arguments))
+        return jax.block_until_ready(_program(function, tuple(options.items()))(*arguments))
+
+
+@cache
+def _program(function: Callable, options: tuple[tuple[str, object], ...]) -> Callable:
+    """Jitted once for all tests, as most of their time is compilation."""
+    return jax.jit(partial(function, **dict(options)))

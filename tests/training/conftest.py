@@ -46,6 +46,7 @@ def recipe_file(tmp_path, data_file):
             f"""
             [model]
             path = "{GOLDENS / model}"
+            scan = true
             [data]
             sources = [{{ path = "{data_file}" }}]
             sequence_length = 512

@@ -46,7 +46,7 @@ def whole_run(tmp_path_factory, data_file):
     path = folder / "recipe.toml"
     path.write_text(
         f"""
-        model.path = "{GOLDENS / "nano-base"}"
+        model = {{ path = "{GOLDENS / "nano-base"}", scan = true }}
         data = {{ sources = [{{ path = "{data_file}" }}], sequence_length = 512, rows = 2, tiles = 24, workers = 0 }}
         objective.bias_step = 0.001
         optimizer = {{ learning_rate = 1e-3, schedule = "cosine", warmup = 2 }}

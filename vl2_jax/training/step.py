@@ -76,7 +76,8 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
         trained = init_adapters(trained, recipe.model.seed)
     init = optimizer_of(recipe.optimizer, recipe.loop.steps).init
     if not isinstance(next(iter(flat.values())).sharding, NamedSharding):
-        return TrainState(jnp.int32(0), trained, kept, init(trained))
+        # Committed to its device as a restored state is, so that a run that goes on does not compile another program.
+        return jax.device_put(TrainState(jnp.int32(0), trained, kept, init(trained)), jax.devices()[0])
     like = shardings_of(abstract_state(recipe, flat))
     step = jax.device_put(np.int32(0), like.step)
     return TrainState(step, trained, kept, jax.jit(init, out_shardings=like.optimizer)(trained))
