@@ -51,6 +51,34 @@ def test_descriptions_go_from_left_to_right():
     assert {turn.answer for turn in turns_about(np.random.default_rng(0), scene) if turn.skill == "read"} == {"HOTEL"}
 
 
+def test_places_are_told_from_the_picture_and_each_pair_once():
+    star, ring, word = (
+        Thing("star", "blue", (60, 10, 80, 30), "small"),
+        Thing("ring", "red", (2, 50, 22, 70), "small"),
+        Thing("word", "green", (40, 48, 52, 52), text="HOTEL", font_size=12),
+    )
+    scene, random = Scene(100, 100, WHITE, (star, ring, word)), np.random.default_rng(0)
+    left, right = {"star": "right", "ring": "left"}, {"star": "above", "ring": "below"}
+    for _ in range(20):
+        turns = turns_about(random, scene)
+        for turn in (turn for turn in turns if turn.skill == "position"):  # the word is at the centre
+            kind = next(kind for kind in left if kind in turn.question)
+            assert turn.answer == (left if "left or right" in turn.question else right)[kind]
+        relations = [turn for turn in turns if turn.skill == "relation"]
+        pairs = [frozenset(kind for kind in ("star", "ring", "word") if kind in turn.question) for turn in relations]
+        assert len(set(pairs)) == len(pairs) == 2
+    pair = Scene(100, 100, WHITE, (star, ring))
+    asked = {turn for _ in range(60) for turn in turns_about(random, pair) if turn.skill == "relation"}
+    for turn in asked:
+        first = min(("star", "ring"), key=turn.question.index)
+        side = {"ring": "left of", "star": "right of"}[first]
+        told = (
+            [side, side.removesuffix(" of")] if " or " in turn.question else ["yes" if side in turn.question else "no"]
+        )
+        assert turn.answer in told
+    assert len(asked) > 20
+
+
 def test_boxes_that_are_written_are_read_back():
     (box,) = parse_boxes("<|ref|>it<|/ref|>" + write_boxes([(10, 20, 200, 133)], 400, 133), 400, 133)
     assert iou(box, Box("it", 10, 20, 200, 133)) > 0.97
@@ -72,6 +100,12 @@ def test_a_conversation_holds_what_was_asked_for():
         assert all(max(image.size) <= 112 for image in conversation["messages"][0]["images"])
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_as_many_conversations_are_about_two_pictures_as_was_said(share):
+    sizes = SceneSizes(longest_side=112, two_pictures=share)
+    assert {len(scene_conversation(n, sizes)["messages"][0]["images"]) for n in range(20)} == {1 + int(share)}
+
+
 def test_only_the_skills_that_were_asked_for_are_asked():
     for number in range(10):
         assert set(scene_conversation(number, SceneSizes(skills=("read", "count")))["skills"]) <= {"read", "count"}
@@ -84,6 +118,7 @@ def test_only_the_skills_that_were_asked_for_are_asked():
         ({"most_shapes": -1}, "most_shapes of scenes is -1"),
         ({"longest_side": 50}, "longest_side of scenes is 50; expected at least 112"),
         ({"most_shapes": 0, "most_words": 0}, "one must be at least 1"),
+        ({"two_pictures": 1.5}, "two_pictures of scenes is 1.5; expected a share between 0 and 1"),
         ({"skills": ("reed",)}, "has 'reed'; choose from caption, "),
     ],
 )
@@ -93,5 +128,6 @@ def test_sizes_of_which_nothing_can_be_made_are_refused(sizes, message):
 
 
 def test_a_skill_that_these_scenes_never_need_is_refused():
-    with pytest.raises(ConfigError, match="never asked for"):
-        scene_conversation(0, SceneSizes(most_words=0, skills=("read",)))
+    for sizes in (SceneSizes(most_words=0, skills=("read",)), SceneSizes(two_pictures=0.0, skills=("compare",))):
+        with pytest.raises(ConfigError, match="never asked for"):
+            scene_conversation(0, sizes)

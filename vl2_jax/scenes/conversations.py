@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,10 @@ from vl2_jax.scenes.drawing import COLOURS, SHAPES, SHORTEST_SIDE, Scene, Thing,
 
 SKILLS = (
     "caption", "grounded caption", "count", "colour", "size", "shape", "relation", "read", "locate", "presence",
-    "which is not there", "compare",
+    "which is not there", "compare", "position",
 )  # fmt: skip
-_TWO_PICTURES = 0.12  # share of conversations about two pictures
 _ATTEMPTS = 100
+_CLEARLY = 0.1  # of a side: things that are closer are not asked which is left or above
 _UNITS, _WHOLE = 10, (999, 999)  # of a hundredth, and of the picture, in the model's coordinates
 
 
@@ -43,6 +44,7 @@ class SceneSizes:
       turns: most questions.
       most_shapes, most_words: of a scene.
       longest_side: of a picture, in pixels.
+      two_pictures: share of conversations about two pictures.
       skills: that are asked for, of `SKILLS`; empty is all. Scenes that none of them fits are drawn again.
 
     Raises:
@@ -53,6 +55,7 @@ class SceneSizes:
     most_shapes: int = 3
     most_words: int = 1
     longest_side: int = 320
+    two_pictures: float = 0.12
     skills: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class SceneSizes:
                 raise ConfigError(f"{name} of scenes is {getattr(self, name)}; expected at least {least}.")
         if not self.most_shapes and not self.most_words:
             raise ConfigError("most_shapes and most_words of scenes are both 0; one must be at least 1.")
+        if not 0 <= self.two_pictures <= 1:
+            raise ConfigError(f"two_pictures of scenes is {self.two_pictures}; expected a share between 0 and 1.")
         unknown = [skill for skill in self.skills if skill not in SKILLS]
         if unknown:
             raise ConfigError(f"skills of scenes has {unknown[0]!r}; choose from {', '.join(SKILLS)}.")
@@ -96,7 +101,7 @@ def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes
     """
     random = np.random.default_rng(seed)
     for _ in range(_ATTEMPTS):
-        pictures = 2 if random.random() < _TWO_PICTURES else 1
+        pictures = 2 if random.random() < sizes.two_pictures else 1
         scenes = [
             sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words) for _ in range(pictures)
         ]
@@ -107,7 +112,8 @@ def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes
     else:
         raise ConfigError(
             f"skills of scenes is {list(sizes.skills)}, which those of at most {sizes.most_shapes} shapes and "
-            f"{sizes.most_words} words are never asked for; ask for others, or allow more in a scene."
+            f"{sizes.most_words} words, {sizes.two_pictures:.0%} of them in twos, are never asked for; ask for others, "
+            "or allow more in a scene."
         )
     chosen = _spread(random, asked, sizes.turns)
     messages: list[dict[str, Any]] = []
@@ -123,7 +129,7 @@ def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes
 def turns_about(random: np.random.Generator, scene: Scene) -> list[Turn]:
     """Every kind of question that this scene can answer, a few of each."""
     makers: list[Callable[[np.random.Generator, Scene], list[Turn]]] = [
-        _captions, _counts, _attributes, _relations, _reading, _locating, _absence,
+        _captions, _counts, _attributes, _relations, _reading, _locating, _absence, _positions,
     ]  # fmt: skip
     return [turn for maker in makers for turn in maker(random, scene)]
 
@@ -141,10 +147,15 @@ def two_picture_turns(random: np.random.Generator, first: Scene, second: Scene) 
         Turn(
             "compare",
             f"Which picture shows something {colour}?",
-            _shown(*(any(t.colour == colour for t in s.things) for s in (first, second))),
+            _shown(*(_has(s, colour) for s in (first, second))),
         ),
     ]
     for ordinal, scene in (("first", first), ("second", second)):
+        turns.append(Turn("caption", f"Describe the {ordinal} picture.", describe(scene)))
+        turns.append(Turn("presence", f"Is there a {kind} in the {ordinal} picture?", _yes(_count(scene, kind) > 0)))
+        turns.append(
+            Turn("presence", f"Is there something {colour} in the {ordinal} picture?", _yes(_has(scene, colour)))
+        )
         turns.append(Turn("count", f"How many things are in the {ordinal} picture?", str(len(scene.things))))
         if len(scene.words) == 1:
             turns.append(Turn("read", f"What is written in the {ordinal} picture?", scene.words[0].text))
@@ -217,24 +228,25 @@ def _relations(random: np.random.Generator, scene: Scene) -> list[Turn]:
     named = [(thing, name) for thing in scene.things if (name := refer(random, scene, thing))]
     if len(named) < 2:
         return []
-    for _ in range(2):
-        (a, a_name), (b, b_name) = (named[i] for i in random.permutation(len(named))[:2])
-        dx, dy = ((a.centre[i] - b.centre[i]) / whole for i, whole in enumerate((scene.width, scene.height)))
-        if max(abs(dx), abs(dy)) < 0.1:
+    # Each pair once: an answer that follows from one before it is not about the picture.
+    for i, j in random.permutation(list(combinations(range(len(named)), 2)))[:2]:
+        (a, a_name), (b, b_name) = (named[k] for k in random.permutation([i, j]))
+        dx, dy = ((a.centre[k] - b.centre[k]) / whole for k, whole in enumerate((scene.width, scene.height)))
+        if max(abs(dx), abs(dy)) < _CLEARLY:
             continue
         if abs(dx) > abs(dy):
-            truth, words = dx < 0, ("left of", "right of")
+            truth, words, axis = dx < 0, ("left of", "right of"), "left or right of"
         else:
-            truth, words = dy < 0, ("above", "below")
-        which = int(random.integers(2))
-        turns.append(Turn("relation", f"Is {a_name} {words[which]} {b_name}?", _yes(truth == (which == 0))))
-        turns.append(
-            Turn(
-                "relation",
-                f"Where is {a_name}, seen from {b_name}: {words[0]} or {words[1]} it?",
-                words[0 if truth else 1],
-            )
-        )
+            truth, words, axis = dy < 0, ("above", "below"), "above or below"
+        which, form = int(random.integers(2)), int(random.integers(3))
+        answer = words[0 if truth else 1]
+        if form == 0:
+            question, answer = f"Is {a_name} {words[which]} {b_name}?", _yes(truth == (which == 0))
+        elif form == 1:
+            question = f"Where is {a_name}, seen from {b_name}: {words[0]} or {words[1]} it?"
+        else:
+            question, answer = f"Is {a_name} {axis} {b_name}?", answer.removesuffix(" of")
+        turns.append(Turn("relation", question, answer))
     return turns
 
 
@@ -284,6 +296,20 @@ def _absence(random: np.random.Generator, scene: Scene) -> list[Turn]:
     return turns
 
 
+def _positions(random: np.random.Generator, scene: Scene) -> list[Turn]:
+    turns = []
+    for thing in scene.things:
+        name = refer(random, scene, thing)
+        x, y = (centre / whole - 0.5 for centre, whole in zip(thing.centre, (scene.width, scene.height)))
+        if name and abs(x) >= _CLEARLY / 2:
+            side = "left" if x < 0 else "right"
+            turns.append(Turn("position", f"Is {name} left or right of the centre?", side))
+        if name and abs(y) >= _CLEARLY / 2:
+            half = "above" if y < 0 else "below"
+            turns.append(Turn("position", f"Is {name} above or below the centre?", half))
+    return turns
+
+
 def refer(random: np.random.Generator, scene: Scene, thing: Thing) -> str | None:
     """Words that fit this thing and no other, or None."""
     if thing.is_word:
@@ -320,6 +346,10 @@ def _spread(random: np.random.Generator, turns: list[Turn], most: int) -> list[T
 
 def _count(scene: Scene, kind: str) -> int:
     return sum(thing.kind == kind for thing in scene.things)
+
+
+def _has(scene: Scene, colour: str) -> bool:
+    return any(thing.colour == colour for thing in scene.things)
 
 
 def _which(first: int, second: int) -> str:
