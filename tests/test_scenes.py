@@ -66,7 +66,7 @@ def test_places_are_told_from_the_picture_and_each_pair_once():
             assert turn.answer == (left if "left or right" in turn.question else right)[kind]
         relations = [turn for turn in turns if turn.skill == "relation"]
         pairs = [frozenset(kind for kind in ("star", "ring", "word") if kind in turn.question) for turn in relations]
-        assert len(set(pairs)) == len(pairs) == 2
+        assert len(set(pairs)) == len(pairs) == 3
     pair = Scene(100, 100, WHITE, (star, ring))
     asked = {turn for _ in range(60) for turn in turns_about(random, pair) if turn.skill == "relation"}
     for turn in asked:

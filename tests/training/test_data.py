@@ -1,6 +1,7 @@
 """Packing: what a document costs in a packed row is what it costs alone, and a stream goes on where it stopped."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 
 import vl2_jax
 from tests.conftest import GOLDENS
-from vl2_jax.errors import ConfigError
+from vl2_jax.errors import ConfigError, ConversationError
+from vl2_jax.model.attention import BRANCH, attend_packed
+from vl2_jax.model.decoder import _causal_mask
+from vl2_jax.model.layers import attend
 from vl2_jax.model.vl2 import apply
-from vl2_jax.processing.batch import IGNORED
+from vl2_jax.processing.batch import IGNORED, TEXT
 from vl2_jax.training.data import SampleError, batches
-from vl2_jax.training.formats import to_conversation
+from vl2_jax.training.formats import questions_apart, to_conversation
 from vl2_jax.training.objective import next_token_loss, token_losses
-from vl2_jax.training.packing import pack
+from vl2_jax.training.packing import apart, pack
 
 
 def documents(processor, data_file):
@@ -46,6 +50,60 @@ def test_a_packed_document_has_the_loss_it_has_alone(model, data_file):
     together = sums([samples[:3], samples[3:]], length)
     alone = [sums([[sample]], length)[0] for sample in samples]
     np.testing.assert_allclose(together, alone, rtol=2e-5)
+
+
+@pytest.mark.parametrize("model", ["nano-tiny", "nano-small", "nano-base"])
+def test_questions_apart_have_the_losses_they_have_alone(model):
+    vl2 = vl2_jax.load(GOLDENS / model, dtype="float32")
+    pictures = [str(GOLDENS / "images" / name) for name in ("tall.png", "tiny.png")]
+    pairs = [("How many?", "Two."), ("Which is taller?", "The first of both."), ("And smaller?", "The other.")]
+    messages = [m for q, a in pairs for m in ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+    messages[0] |= {"content": "<image>\n<image>\nHow many?", "images": pictures}
+    alone = [vl2.processor.encode(talk, inference=False) for talk in questions_apart(messages)]
+    assert [len(document.tiles) for document in alone] == [len(alone[0].tiles)] * 3
+    # A question's first token follows the pictures in no row that is shared, so it is no target; nor are they, here.
+    begin = np.flatnonzero(alone[0].visual_index != TEXT)[-1] + 2
+    alone = [replace(d, labels=np.where(np.arange(len(d)) < begin, IGNORED, d.labels)) for d in alone]
+    together = apart(alone)
+    assert len(together) < sum(map(len, alone)) - 2 * (alone[0].visual_index >= 0).sum()
+    length = len(together) + len(alone[0]) + 8
+
+    @jax.jit
+    def losses_of(batch):
+        inputs = (batch.input_ids, batch.segments, batch.visual_index, batch.tiles, batch.positions)
+        return token_losses(apply(vl2.model, vl2.params, *inputs).logits[:, :-1], batch.labels[:, 1:])
+
+    def sums(documents):
+        batch = pack([documents], length, 64, vl2.processor.tokenizer.pad_id, vl2.processor.config.tile_size)
+        losses = np.asarray(losses_of(batch))[0]
+        return {segment: losses[batch.segments[0, 1:] == segment].sum() for segment in np.unique(batch.segments)}
+
+    expected = [sums([document])[1] for document in alone]
+    found = sums([alone[0], together])
+    np.testing.assert_allclose([found[2 + BRANCH * branch] for branch in (1, 2, 3)], expected, rtol=2e-5)
+    np.testing.assert_allclose(found[1], expected[0], rtol=2e-5)
+    assert found[2] == found[0] == 0
+
+
+def test_packed_rows_attend_as_the_mask_says():
+    segments = np.array([[1] * 5 + [2] * 4 + [2 + BRANCH] * 6 + [2 + 2 * BRANCH] * 5 + [0] * 12] * 2)
+    queries, keys, values = jax.random.normal(jax.random.key(0), (3, 2, 32, 2, 8))
+    mask = _causal_mask(segments, segments)
+    assert mask[0, 14].tolist() == [False] * 5 + [True] * 10 + [False] * 17
+    ours = attend_packed(queries, keys, values, segments, 0.3)
+    np.testing.assert_allclose(ours[:, :20], attend(queries, keys, values, mask, 0.3)[:, :20], atol=1e-5)
+
+
+def test_questions_apart_need_their_pictures_at_the_beginning():
+    user, answer = {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}
+    with pytest.raises(ConversationError, match="a later one shows some"):
+        questions_apart([user, answer, user | {"images": ["a.png"]}, answer])
+    with pytest.raises(ConversationError, match="pairs of user and assistant, got user, user"):
+        questions_apart([user, user])
+    system = {"role": "system", "content": "Be short."}
+    first, second = questions_apart([system, user, answer, user, answer])
+    assert first == [system, user, answer]
+    assert second == [system, user | {"images": []}, answer]
 
 
 def test_chunks_of_the_vocabulary_loss_add_up(data_file):

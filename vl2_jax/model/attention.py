@@ -22,6 +22,7 @@ from vl2_jax.model.rope import rotate, softmax_scale
 
 _MOST_ROWS_A_BLOCK = 512
 _PACKED_BLOCK = 128
+BRANCH = 1 << 16  # above the number of a document in its segment: which of its branches
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = tuple[Array, ...]
@@ -210,13 +211,21 @@ def attend_packed(
             block = slice(end - size, end)
             scores = jnp.einsum("htk,hsk->hts", queries[:, block], keys[:, :end], preferred_element_type=jnp.float32)
             causal = jnp.arange(end - size, end)[:, None] >= jnp.arange(end)
-            seen = causal & (documents[block, None] == documents[:end])
+            seen = causal & sees(documents[block, None], documents[:end])
             weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(scores.dtype).min), axis=-1)
             parts.append(jnp.einsum("hts,hsv->htv", weights.astype(values.dtype), values[:, :end]))
         return jnp.concatenate(parts, axis=1)
 
     by_head = (rearrange(rows, "b t h k -> b h t k") for rows in (queries, keys, values))
     return rearrange(jax.lax.map(of_row, (*by_head, documents)), "b h t v -> b t h v")
+
+
+def sees(queries: Int[Array, ...], keys: Int[Array, ...]) -> Bool[Array, ...]:
+    """Whether a position of one segment may look at one of another: of its own branch of a document, or of branch 0.
+
+    A segment is the number of a document + `BRANCH` * the number of a branch, 0 for what all its branches share.
+    """
+    return (queries == keys) | (queries % BRANCH == keys)
 
 
 def attend_to_filled(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache
+from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache, sees
 from vl2_jax.model.layers import (
     ONE_DEVICE,
     Dtype,
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
           x: embeddings of text and pictures.
           positions: position of every row in its sequence; with a cache also the slot it is written to.
           segments: without a cache, the document that a position belongs to, 0 for padding; documents do not see
-            each other. `None` is one document.
+            each other (`attention.sees`). `None` is one document.
           cache: rows of the positions before; a query sees the slots up to its own position.
           absorbed: see `LatentAttention`.
           packed: padding gives nothing that is used, so it need not attend as released.
@@ -179,7 +179,7 @@ def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | Non
     causal = jnp.tril(jnp.ones((length, length), bool))[None]
     if segments is None:
         return causal
-    return causal & (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+    return causal & sees(segments[:, :, None], segments[:, None, :]) & (segments[:, None, :] > 0)
 
 
 def _cache_mask(config: LanguageConfig, positions: Int[Array, "B T"], cache: Cache) -> Bool[Array, "B T S"]:

@@ -51,6 +51,7 @@ class Encoded:
     image_sizes: tuple[tuple[int, int], ...]  # (width, height) in pixels, as loaded
     tokens_per_tile: int
     text: str  # readable form
+    branches: np.ndarray | None = None  # int32 [T], of questions apart (`training.packing`); None is all 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

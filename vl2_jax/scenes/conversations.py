@@ -229,7 +229,7 @@ def _relations(random: np.random.Generator, scene: Scene) -> list[Turn]:
     if len(named) < 2:
         return []
     # Each pair once: an answer that follows from one before it is not about the picture.
-    for i, j in random.permutation(list(combinations(range(len(named)), 2)))[:2]:
+    for i, j in random.permutation(list(combinations(range(len(named)), 2)))[:3]:
         (a, a_name), (b, b_name) = (named[k] for k in random.permutation([i, j]))
         dx, dy = ((a.centre[k] - b.centre[k]) / whole for k, whole in enumerate((scene.width, scene.height)))
         if max(abs(dx), abs(dy)) < _CLEARLY:

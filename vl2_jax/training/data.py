@@ -18,8 +18,8 @@ from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.processing.batch import IGNORED, Encoded, Processor
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.scenes import SceneSource
-from vl2_jax.training.formats import to_conversation
-from vl2_jax.training.packing import PackedBatch, pack
+from vl2_jax.training.formats import questions_apart, to_conversation
+from vl2_jax.training.packing import PackedBatch, apart, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
 
 _READ_AHEAD = 64
@@ -73,7 +73,12 @@ class Encoder:
     def __call__(self, record: dict[str, Any]) -> Encoded | BadSample:
         where = record["where"]
         try:
-            encoded = self._processor.encode(_messages_of(record), inference=False)
+            messages = _messages_of(record)
+            if record.get("apart"):
+                talks = questions_apart(messages)
+                encoded = apart([self._processor.encode(talk, inference=False) for talk in talks])
+            else:
+                encoded = self._processor.encode(messages, inference=False)
         except _BAD as error:
             return BadSample(where, str(error))
         if len(encoded) > self._most_positions:
@@ -213,9 +218,15 @@ def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.Map
     if (source.path is None) == (source.scenes is None):
         raise ConfigError(f"data source {number} must have either a path or scenes.")
     if source.scenes is not None:
-        return grain.MapDataset.source(SceneSource(source.scenes, source.sizes))
-    records = JsonSource(Path(source.path or ""))
-    return grain.MapDataset.source(records).shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
+        records = grain.MapDataset.source(SceneSource(source.scenes, source.sizes))
+    else:
+        records = grain.MapDataset.source(JsonSource(Path(source.path or "")))
+        records = records.shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
+    return records.map(_with_questions_apart) if source.apart else records
+
+
+def _with_questions_apart(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"apart": True}
 
 
 def _whole_list(path: Path) -> list[Any]:

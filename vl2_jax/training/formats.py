@@ -40,6 +40,26 @@ def to_conversation(record: Mapping[str, Any], folder: Path) -> list[dict[str, A
     return _with_images(messages, pictures)
 
 
+def questions_apart(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Every question and its answer as a conversation of its own, about the pictures that the first question shows.
+
+    Raises:
+      ConversationError: a later question shows pictures, or questions and answers do not alternate.
+    """
+    system = [dict(message) for message in messages if message["role"] == "system"]
+    turns = [dict(message) for message in messages if message["role"] != "system"]
+    questions, answers = turns[0::2], turns[1::2]
+    roles = [message["role"] for message in turns]
+    if roles != ["user", "assistant"] * len(answers) or not answers:
+        raise ConversationError(f"questions apart need pairs of user and assistant, got {', '.join(roles) or 'none'}.")
+    if any(question.get("images") for question in questions[1:]):
+        raise ConversationError("questions apart need all pictures in the first question; a later one shows some.")
+    pictures, end = questions[0].get("images") or [], questions[0]["content"].rfind(IMAGE_TAG)
+    shown = questions[0]["content"][: end + len(IMAGE_TAG)] + "\n" if end >= 0 else ""
+    asked = [question | {"content": shown + question["content"], "images": pictures} for question in questions[1:]]
+    return [[*system, *pair] for pair in zip([questions[0], *asked], answers, strict=True)]
+
+
 def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     for key in ("messages", "conversations"):
         if isinstance(record.get(key), Sequence) and not isinstance(record[key], str):

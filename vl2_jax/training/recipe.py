@@ -50,12 +50,15 @@ class SourceRecipe:
       path: a JSONL file, or a JSON file that holds a list (see `training.formats`); or
       scenes: seed of drawn scenes (see `vl2_jax.scenes`).
       weight: how often it is drawn from, relative to the others.
+      apart: every question is asked by itself about the pictures of its conversation, which are computed once: no
+        answer can be copied from one before it.
       sizes: of scenes.
     """
 
     path: str | None = None
     scenes: int | None = None
     weight: float = 1.0
+    apart: bool = False
     sizes: SceneSizes = SceneSizes()
 
 
