@@ -11,9 +11,9 @@ comma := ,
 
 demo: $(VENV)/.ready-demo
 	@mkdir -p out
-	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --prompt "What do you see?"
+	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --prompt "What is written here?"
 	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --save-boxes out/demo.png \
-	  --prompt "Locate <|ref|>the star<|/ref|> in the given image."
+	  --prompt "<|grounding|>What do you see?"
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q $(TESTS)
