@@ -18,7 +18,7 @@ from vl2_jax.processing.batch import IGNORED, TEXT
 from vl2_jax.training.data import SampleError, batches
 from vl2_jax.training.formats import questions_apart, to_conversation
 from vl2_jax.training.objective import next_token_loss, token_losses
-from vl2_jax.training.packing import apart, pack
+from vl2_jax.training.packing import pack
 
 
 def documents(processor, data_file):
@@ -64,7 +64,9 @@ def test_questions_apart_have_the_losses_they_have_alone(model):
     # A question's first token follows the pictures in no row that is shared, so it is no target; nor are they, here.
     begin = np.flatnonzero(alone[0].visual_index != TEXT)[-1] + 2
     alone = [replace(d, labels=np.where(np.arange(len(d)) < begin, IGNORED, d.labels)) for d in alone]
-    together = apart(alone)
+    together = vl2.processor.encode_apart(questions_apart(messages))
+    assert len(together.tiles) == len(alone[0].tiles)
+    together = replace(together, labels=np.where(together.branches == 0, IGNORED, together.labels))
     assert len(together) < sum(map(len, alone)) - 2 * (alone[0].visual_index >= 0).sum()
     length = len(together) + len(alone[0]) + 8
 
@@ -192,6 +194,14 @@ def test_bad_samples_are_counted_and_named_by_line(recipe, bad_file):
     assert stream.skipped == 4
     lines = sorted(int(report.where.rsplit(":", 1)[1]) for report in stream.reports)
     assert lines == [1, 2, 3, 4]
+
+
+def test_data_of_which_nothing_can_be_used_ends_the_run(recipe, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n{"else": 2}\n')
+    described = recipe(f"data.sources=[{{path='{tmp_path / 'bad.jsonl'}'}}]").data
+    processor = vl2_jax.load(GOLDENS / "nano-base", dtype="float32").processor
+    with pytest.raises(SampleError, match=r"1000 samples one after another cannot be .*bad\.jsonl:\d: "):
+        next(iter(batches(described, processor)))
 
 
 def test_a_bad_sample_ends_the_run_where_asked_to(recipe, bad_file):

@@ -165,6 +165,30 @@ class Processor:
         images = [image for message in conversation for image in message.get("images") or ()]
         return self._assemble(pieces, images, render(conversation), mask_prompt=self.config.mask_prompt)
 
+    def encode_apart(self, conversations: Sequence[Conversation]) -> Encoded:
+        """Closed conversations that begin with the same pictures as one document, for `training.packing.pack`.
+
+        What comes before and with the pictures stands once, as branch 0; what follows is a branch for each conversation.
+        Where prompts are targets too, what is shared counts once, and the first token of a question not at all.
+
+        Raises:
+          ConversationError, ImageError: see `encode`.
+        """
+        pieces = [pieces_of_conversation(conversation, "bos", "eos") for conversation in conversations]
+        after = 1 + max((place for place, piece in enumerate(pieces[0]) if piece.kind == "image"), default=-1)
+        first = self.encode(conversations[0], inference=False)
+        visual = np.flatnonzero(first.visual_index != TEXT)
+        shared = int(visual[-1]) + 1 if len(visual) else 0
+        rest = [self._assemble(p[after:], (), "", mask_prompt=self.config.mask_prompt) for p in pieces[1:]]
+        lengths = [shared, len(first) - shared, *map(len, rest)]
+        return dataclasses.replace(
+            first,
+            input_ids=np.concatenate([part.input_ids for part in (first, *rest)]),
+            labels=np.concatenate([part.labels for part in (first, *rest)]),
+            visual_index=np.concatenate([part.visual_index for part in (first, *rest)]),
+            branches=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        )
+
     def encode_text(self, text: str, images: Sequence[Picture] = (), *, inference: bool = True) -> Encoded:
         """A bare text with `<image>` tags and no roles; every text position is a target."""
         pieces = pieces_of_text(text, "bos", "eos")

@@ -24,6 +24,7 @@ SKILLS = (
 )  # fmt: skip
 _ATTEMPTS = 100
 _CLEARLY = 0.1  # of a side: things that are closer are not asked which is left or above
+_ACROSS, _DOWN = ("left of", "right of"), ("above", "below")
 _UNITS, _WHOLE = 10, (999, 999)  # of a hundredth, and of the picture, in the model's coordinates
 
 
@@ -234,18 +235,14 @@ def _relations(random: np.random.Generator, scene: Scene) -> list[Turn]:
         dx, dy = ((a.centre[k] - b.centre[k]) / whole for k, whole in enumerate((scene.width, scene.height)))
         if max(abs(dx), abs(dy)) < _CLEARLY:
             continue
-        if abs(dx) > abs(dy):
-            truth, words, axis = dx < 0, ("left of", "right of"), "left or right of"
-        else:
-            truth, words, axis = dy < 0, ("above", "below"), "above or below"
-        which, form = int(random.integers(2)), int(random.integers(3))
-        answer = words[0 if truth else 1]
+        sides, offset = (_ACROSS, dx) if abs(dx) > abs(dy) else (_DOWN, dy)
+        answer, asked, form = sides[offset > 0], _pick(random, sides), int(random.integers(3))
         if form == 0:
-            question, answer = f"Is {a_name} {words[which]} {b_name}?", _yes(truth == (which == 0))
+            question, answer = f"Is {a_name} {asked} {b_name}?", _yes(asked == answer)
         elif form == 1:
-            question = f"Where is {a_name}, seen from {b_name}: {words[0]} or {words[1]} it?"
+            question = f"Where is {a_name}, seen from {b_name}: {sides[0]} or {sides[1]} it?"
         else:
-            question, answer = f"Is {a_name} {axis} {b_name}?", answer.removesuffix(" of")
+            question, answer = f"Is {a_name} {_either(sides)} {b_name}?", answer.removesuffix(" of")
         turns.append(Turn("relation", question, answer))
     return turns
 
@@ -300,13 +297,13 @@ def _positions(random: np.random.Generator, scene: Scene) -> list[Turn]:
     turns = []
     for thing in scene.things:
         name = refer(random, scene, thing)
-        x, y = (centre / whole - 0.5 for centre, whole in zip(thing.centre, (scene.width, scene.height)))
-        if name and abs(x) >= _CLEARLY / 2:
-            side = "left" if x < 0 else "right"
-            turns.append(Turn("position", f"Is {name} left or right of the centre?", side))
-        if name and abs(y) >= _CLEARLY / 2:
-            half = "above" if y < 0 else "below"
-            turns.append(Turn("position", f"Is {name} above or below the centre?", half))
+        if name is None:
+            continue
+        for centre, whole, sides in zip(thing.centre, (scene.width, scene.height), (_ACROSS, _DOWN)):
+            offset = centre / whole - 0.5
+            if abs(offset) >= _CLEARLY / 2:
+                question = f"Is {name} {_either(sides)} the centre?"
+                turns.append(Turn("position", question, sides[offset > 0].removesuffix(" of")))
     return turns
 
 
@@ -358,6 +355,11 @@ def _which(first: int, second: int) -> str:
 
 def _shown(first: bool, second: bool) -> str:
     return {(True, True): "both", (True, False): "the first", (False, True): "the second"}.get((first, second), "none")
+
+
+def _either(sides: tuple[str, str]) -> str:
+    """ "left or right of", "above or below"."""
+    return f"{sides[0].removesuffix(' of')} or {sides[1]}"
 
 
 def _yes(truth: bool) -> str:

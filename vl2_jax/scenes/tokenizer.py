@@ -18,13 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from convert.random_checkpoint import write_small_files
 from vl2_jax.config import read_preset
-from vl2_jax.scenes.conversations import SKILLS, SceneSizes, scene_conversation
+from vl2_jax.scenes.conversations import SceneSizes, scene_conversation
 
 _PIECES = r" ?\p{Lu}?\p{Ll}+|\p{N}|, |[^\s\p{L}\p{N}]+|\p{L}|\s"
 _PRINTED = re.compile(r"\b[A-Z]{2,}\b")
-_CONVERSATIONS, _SEED = 4000, 7
-# Of the first stage; later kinds of questions are written in its pieces.
-_SIZES = SceneSizes(turns=20, most_shapes=4, most_words=2, longest_side=112, skills=SKILLS[:12])
+_CONVERSATIONS, _SEED, _SIZES = 4000, 7, SceneSizes(turns=20, longest_side=112)
 
 
 def learn(first_special: int) -> dict:

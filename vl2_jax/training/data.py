@@ -19,10 +19,11 @@ from vl2_jax.processing.batch import IGNORED, Encoded, Processor
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.scenes import SceneSource
 from vl2_jax.training.formats import questions_apart, to_conversation
-from vl2_jax.training.packing import PackedBatch, apart, pack
+from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
 
 _READ_AHEAD = 64
+_MOST_BAD = 1000  # samples one after another, of data that is read again and again
 _BAD = (VL2Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)  # what records raise
 
 
@@ -75,8 +76,7 @@ class Encoder:
         try:
             messages = _messages_of(record)
             if record.get("apart"):
-                talks = questions_apart(messages)
-                encoded = apart([self._processor.encode(talk, inference=False) for talk in talks])
+                encoded = self._processor.encode_apart(questions_apart(messages))
             else:
                 encoded = self._processor.encode(messages, inference=False)
         except _BAD as error:
@@ -144,7 +144,7 @@ class PackIterator(grain.DatasetIterator):
         self._before, self._waiting, self.skipped = state["samples"], None, state["skipped"]
 
     def _next_sample(self) -> Encoded | None:
-        while True:
+        for _ in range(_MOST_BAD):
             self._before = self._parent.get_state()
             try:
                 sample = next(self._parent)
@@ -156,6 +156,10 @@ class PackIterator(grain.DatasetIterator):
                 raise SampleError(f"{sample.where}: {sample.reason}; mend it, or set data.on_bad_sample = 'skip'.")
             self.skipped += 1
             self.reports.append(sample)
+        raise SampleError(
+            f"{_MOST_BAD} samples one after another cannot be trained on; the last, {sample.where}: {sample.reason}; "
+            "mend the data, or leave its source out."
+        )
 
 
 def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: int = 1) -> grain.IterDataset:

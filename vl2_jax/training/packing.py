@@ -9,8 +9,8 @@ about the same pictures, which are computed once:
     document 1 | pictures ....... | question, answer | question, answer |            branches 0 0 0 0 1 1 1 2 2 2
                  0 1 2 3 4 5 6 7    8 9 10 11 12       8 9 10 11 12                  positions
 
-A batch holds a fixed number of positions
-and of tiles, so that nothing recompiles; tiles are laid evenly over devices, whatever row they belong to.
+A batch holds a fixed number of positions and of tiles, so that nothing recompiles; tiles are laid evenly over devices,
+whatever row they belong to.
 
 B rows, T positions, I tiles, S pixels along a tile's side.
 """
@@ -18,7 +18,7 @@ B rows, T positions, I tiles, S pixels along a tile's side.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ class PackedBatch:
     """Packed rows. Padding positions have segment 0, label IGNORED, visual row TEXT."""
 
     input_ids: np.ndarray  # int32 [B, T]
-    labels: np.ndarray  # int32 [B, T]; IGNORED at the first position of every document
+    labels: np.ndarray  # int32 [B, T]; IGNORED at the first position of every document and branch
     segments: np.ndarray  # int32 [B, T], document from 1 + BRANCH * branch; 0 is padding
     positions: np.ndarray  # int32 [B, T], from 0 in every document, on from its pictures in every branch
     visual_index: np.ndarray  # int32 [B, T], row of the batch's visual table
@@ -71,31 +71,9 @@ def pack(
     return PackedBatch(ids, labels, segments, positions, visual, table)
 
 
-def apart(documents: Sequence[Encoded]) -> Encoded:
-    """One document of several about the same pictures: these once, then what follows of each, which no other sees.
-
-    Where prompts are targets too, what is shared counts once, and the first token of a question not at all.
-    """
-    first = documents[0]
-    visual = np.flatnonzero(first.visual_index != TEXT)
-    shared = int(visual[-1]) + 1 if len(visual) else 0
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate(
-            [getattr(first, name)[:shared], *(getattr(document, name)[shared:] for document in documents)]
-        )
-
-    lengths = [shared, *(len(document) - shared for document in documents)]
-    branches = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    ids, labels, visual_index = map(joined, ("input_ids", "labels", "visual_index"))
-    return replace(first, input_ids=ids, labels=labels, visual_index=visual_index, branches=branches)
-
-
 def _branches_of(document: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Branch of every position, where branches begin, and positions, which in every branch go on from branch 0."""
-    if document.branches is None:
-        return np.zeros(len(document), np.int32), np.zeros(1, np.int32), np.arange(len(document))
-    branches = document.branches
+    branches = np.zeros(len(document), np.int32) if document.branches is None else document.branches
     begins = np.flatnonzero(np.diff(branches, prepend=-1))
     shared, places = int((branches == 0).sum()), np.arange(len(document))
     from_begin = places - np.repeat(begins, np.diff(begins, append=len(document)))
