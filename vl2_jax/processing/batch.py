@@ -168,7 +168,7 @@ class Processor:
     def encode_apart(self, conversations: Sequence[Conversation]) -> Encoded:
         """Closed conversations that begin with the same pictures as one document, for `training.packing.pack`.
 
-        What comes before and with the pictures stands once, as branch 0; what follows is a branch for each conversation.
+        What comes before and with the pictures stands once, as branch 0; what follows, as branches of their own.
         Where prompts are targets too, what is shared counts once, and the first token of a question not at all.
 
         Raises:
