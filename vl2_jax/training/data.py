@@ -152,13 +152,14 @@ class PackIterator(grain.DatasetIterator):
                 return None
             if not isinstance(sample, BadSample):
                 return sample
+            told = f"{sample.where}: {sample.reason.rstrip('.')}"
             if self._recipe.on_bad_sample == "raise":
-                raise SampleError(f"{sample.where}: {sample.reason}; mend it, or set data.on_bad_sample = 'skip'.")
+                raise SampleError(f"{told}; mend it, or set data.on_bad_sample = 'skip'.")
             self.skipped += 1
             self.reports.append(sample)
         raise SampleError(
-            f"{_MOST_BAD} samples one after another cannot be trained on; the last, {sample.where}: {sample.reason}; "
-            "mend the data, or leave its source out."
+            f"{_MOST_BAD} samples one after another cannot be trained on, at last {told}; mend the data, or leave this "
+            "source out."
         )
 
 
