@@ -97,7 +97,8 @@ def losses(
     """The objective of one batch, a `Batch` or a `PackedBatch`.
 
     Args:
-      count_padding: let padding count in the balance loss, as the released code does.
+      count_padding: let padding count in the balance loss, and predict the first token of a row padded on the left, as
+        in the released code.
       chunk: positions whose logits are held at a time.
       balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
       adapters: see `vl2.apply`.
@@ -111,6 +112,8 @@ def losses(
     inputs = (batch.input_ids, segments, batch.visual_index, batch.tiles, positions)
     out = apply(model, params, *inputs, method="hidden", adapters=adapters)
     present = segments > 0
+    if not count_padding:
+        labels = jnp.where(jnp.pad(present[:, :-1], ((0, 0), (1, 0))), labels, IGNORED)
     config = model.config.language_config
     counted = None if count_padding else present
     balance = [balance_loss(config, routing, counted, balance_weight) for routing in out.routings]
