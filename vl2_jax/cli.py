@@ -234,9 +234,8 @@ def train(
     from vl2_jax.training.recipe import read_recipe
 
     loop = _training("loop")
-    described = read_recipe(recipe, set)
-    run = loop.train(described, out, _tell, mesh=devices.mesh)
-    if int(run.state.step) >= described.loop.steps:
+    run = loop.train(read_recipe(recipe, set), out, _tell, mesh=devices.mesh)
+    if run.is_complete:
         import jax
 
         if jax.process_count() > 1:

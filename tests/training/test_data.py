@@ -1,6 +1,7 @@
 """Packing: what a document costs in a packed row is what it costs alone, and a stream goes on where it stopped."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import vl2_jax
 from tests.conftest import GOLDENS
+from tests.training.conftest import PICTURES
 from vl2_jax.errors import ConfigError, ConversationError
 from vl2_jax.model.attention import BRANCH, attend_packed
 from vl2_jax.model.decoder import _causal_mask
@@ -19,6 +21,9 @@ from vl2_jax.training.data import SampleError, batches
 from vl2_jax.training.formats import questions_apart, to_conversation
 from vl2_jax.training.objective import next_token_loss, token_losses
 from vl2_jax.training.packing import pack
+from vl2_jax.training.step import shown_tiles
+
+SQUARE = str(GOLDENS / "images" / "square.png")
 
 
 def documents(processor, data_file):
@@ -106,6 +111,22 @@ def test_questions_apart_need_their_pictures_at_the_beginning():
     first, second = questions_apart([system, user, answer, user, answer])
     assert first == [system, user, answer]
     assert second == [system, user | {"images": []}, answer]
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    shown = {"role": "user", "content": "<image>\nWhat is it?", "images": [SQUARE]}
+    with pytest.raises(ConversationError, match="must be alike until after their last picture"):
+        processor.encode_apart([[shown, answer], [user, answer]])
+
+
+def test_every_tile_that_is_shown_counts_once():
+    """The only tile of a small picture stands twice in its row: as the tile, and as the global view."""
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    pictures = [GOLDENS / "images" / name for name in PICTURES]
+    turns = [{"role": "user", "content": "<image>\nAnd?", "images": [p]} for p in pictures]
+    encoded = [processor.encode([turn, {"role": "assistant", "content": "!"}], inference=False) for turn in turns]
+    batch = pack([[e] for e in encoded], 1200, 40, 0, processor.config.tile_size)
+    stored = [len(e.tiles) for e in encoded]
+    assert 1 in stored
+    assert int(shown_tiles(processor.config.token_grid**2, batch)) == sum(stored)
 
 
 def test_chunks_of_the_vocabulary_loss_add_up(data_file):
@@ -180,6 +201,10 @@ def bad_file(tmp_path, data_file):
         json.dumps({"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "x"}]}),
         json.dumps({"question": "?" * 600, "answer": "!"}),
         json.dumps({"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": ""}]}),
+        json.dumps({"question": "<bbox>", "answer": "!", "image": SQUARE, "objects": {"bbox": [[math.nan, 0, 1, 1]]}}),
+        json.dumps({"image": "long" * 100, "question": "?", "answer": "!"}),
+        '{"question": ' + 5000 * "9" + "}",
+        "[" * 100_000,
         good,
     ]
     path.write_text("\n".join(rows))
@@ -191,9 +216,9 @@ def test_bad_samples_are_counted_and_named_by_line(recipe, bad_file):
     stream = iter(batches(described, vl2_jax.load(GOLDENS / "nano-base").processor))
     batch = next(stream)
     assert batch.segments.max() == 2  # an empty answer is one: the end of the sentence
-    assert stream.skipped == 4
+    assert stream.skipped == 8
     lines = sorted(int(report.where.rsplit(":", 1)[1]) for report in stream.reports)
-    assert lines == [1, 2, 3, 4]
+    assert lines == [1, 2, 3, 4, 6, 7, 8, 9]
 
 
 def test_data_of_which_nothing_can_be_used_ends_the_run(recipe, tmp_path):

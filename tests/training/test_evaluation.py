@@ -11,6 +11,7 @@ import vl2_jax
 from tests.conftest import GOLDENS
 from tests.training.conftest import ANSWERS, PICTURES
 from vl2_jax.config import VL2Config
+from vl2_jax.errors import ConfigError
 from vl2_jax.ops.chips import peak_flops
 from vl2_jax.training.flops import costs_of, training_costs
 from vl2_jax.training.formats import to_conversation
@@ -54,6 +55,28 @@ def test_a_run_is_evaluated_and_asked(recipe, data_file, tmp_path):
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert all(row["flops_per_second"] > 0 and row["tiles_per_second"] > 0 for row in log)
+
+
+def test_what_cannot_be_asked_is_left_out_of_an_evaluation(recipe, tmp_path):
+    path = tmp_path / "held-out.jsonl"
+    good = {"question": "What do you see?", "answer": "nothing"}
+    path.write_text("\n".join(map(json.dumps, [good | {"image": "missing.png"}, good])))
+    changes = [f'evaluation.sources=[{{path="{path}"}}]', "evaluation.samples=2", "evaluation.max_tokens=2"]
+    profiled = ["loop.profile_from=0", "loop.profile_steps=5"]
+    told = []
+    train(recipe(*changes, *profiled, "loop.steps=2"), tmp_path / "run", told.append)
+    assert any("held-out.jsonl:1: " in line for line in told)
+    assert len((tmp_path / "run/samples/00000002.jsonl").read_text().splitlines()) == 1
+    # The same run goes on inside of the steps that are profiled, and ends there.
+    train(recipe(*changes, *profiled, "loop.steps=3"), tmp_path / "run", silent)
+    assert len(list((tmp_path / "run/profile").rglob("*.xplane.pb"))) == 2
+    path.write_text(json.dumps(good | {"image": "missing.png"}))
+    with pytest.raises(ConfigError, match=r"evaluation\.sources hold no sample that can be used"):
+        train(recipe(*changes), tmp_path / "other", silent)
+
+
+def silent(_):
+    pass
 
 
 @pytest.mark.parametrize(

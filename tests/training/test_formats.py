@@ -20,6 +20,7 @@ PARTS = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "a square"}]},
 ]
+BOXED = {"image": "square.png", "question": "<bbox>", "answer": "!"}
 URL = {"type": "image_url", "image_url": {"url": "square.png"}}
 
 
@@ -74,6 +75,10 @@ def test_boxes_of_objects_become_tags_in_the_models_coordinates():
         ({"image": "https://example.com/a.png", "question": "?", "answer": "!"}, "is not fetched"),
         ({"image": "data:image/png;base64,###", "question": "?", "answer": "!"}, "not valid base64"),
         ({"messages": [{"role": "user", "content": "<bbox>"}], "objects": {"ref": ["a"]}}, "more <bbox> placeholders"),
+        (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "image_id": [1]}}, "belongs to picture 1, but there are 1"),
+        (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "image_id": [-1]}}, "belongs to picture -1"),
+        (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "image_id": [0, 0]}}, "1 boxes and 2 image_id"),
+        (BOXED | {"objects": {"bbox": [[5, 5]]}}, r"\[5, 5\] of 'objects' is not x1, y1, x2, y2"),
     ],
 )
 def test_what_does_not_fit_is_refused(record, message):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -18,12 +19,18 @@ import vl2_jax
 from convert.weight_map import flatten
 from tests.conftest import GOLDENS
 from vl2_jax.errors import CheckpointError, ConfigError
+from vl2_jax.training.checkpoints import Checkpoints
 from vl2_jax.training.data import batches
 from vl2_jax.training.export import export_run
 from vl2_jax.training.loop import TrainingError, train
 from vl2_jax.training.optimizer import is_trained, optimizer_of, schedule_of
 from vl2_jax.training.recipe import OptimizerRecipe, read_recipe
 from vl2_jax.training.step import balanced, init_state, make_step
+
+PICTURE_QUESTION = [
+    {"role": "user", "content": "<image>\nAnd this?", "images": [GOLDENS / "images" / "tall.png"]},
+    {"role": "assistant", "content": ""},
+]
 
 
 def silent(_):
@@ -84,8 +91,7 @@ def test_the_trained_model_loads_back_with_the_same_logits(whole_run, tmp_path):
     assert export_run(folder, tmp_path / "model", silent, dtype="float32") == 8
     trained = vl2_jax.load(tmp_path / "model", dtype="float32")
     before = vl2_jax.VL2(run.model.config, run.params, run.processor, "float32")
-    conversation = [{"role": "user", "content": "And this?"}, {"role": "assistant", "content": ""}]
-    batch = run.processor(conversation)
+    batch = run.processor(PICTURE_QUESTION)
     np.testing.assert_array_equal(trained.logits(batch), before.logits(batch))
 
 
@@ -93,7 +99,8 @@ def test_the_trained_model_loads_back_with_the_same_logits(whole_run, tmp_path):
 def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
     path, folder, _ = whole_run
     command = [sys.executable, "-m", "vl2_jax.cli", "train", str(path), "--out", str(tmp_path / "run")]
-    for kind, reached in ((signal.SIGKILL, 4), (signal.SIGTERM, 6)):
+    killed, stopped = sorted(random.sample(range(1, 8), 2))
+    for kind, reached in ((signal.SIGKILL, killed), (signal.SIGTERM, stopped)):
         process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE)
         log = tmp_path / "run" / "log.jsonl"
         while not (log.is_file() and max(losses_in(tmp_path / "run"), default=0) >= reached):
@@ -105,28 +112,58 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
             assert process.returncode == 0, messages.decode()
             assert b"is saved, and the same command" in messages or b"the trained model is in" in messages
     subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
-    assert losses_in(tmp_path / "run") == losses_in(folder)
+    assert losses_in(tmp_path / "run") == losses_in(folder), f"killed at step {killed}, stopped at step {stopped}"
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_a_damaged_checkpoint_is_passed_over(whole_run, tmp_path):
+def flip_a_bit(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda content: content[:-1], None], ids=["flipped", "short", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_and_written_again(whole_run, tmp_path, damage):
     path, folder, _ = whole_run
     recipe = read_recipe(path)
-    train(recipe, tmp_path / "run", silent, until=7)
-    newest = tmp_path / "run" / "checkpoints" / "00000007"
+    train(recipe, tmp_path / "run", silent, until=6)
+    newest = tmp_path / "run" / "checkpoints" / "00000006"
     largest = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else -1)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
+    if damage is None:
+        largest.unlink()
+    else:
+        largest.write_bytes(damage(largest.read_bytes()))
     told = []
     train(recipe, tmp_path / "run", told.append)
-    assert any("00000007 is passed over" in line for line in told)
-    assert "going on from step 6" in told
+    assert any("00000006 is passed over" in line for line in told)
+    assert "going on from step 3" in told
     assert losses_in(tmp_path / "run") == losses_in(folder)
+    train(recipe, tmp_path / "run", told.append)
+    assert told[-1] == "going on from step 8"
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="none of the 3 checkpoint"):
         train(recipe, tmp_path / "run", silent)
+
+
+def test_shares_of_other_processes_are_not_passed_over(tmp_path):
+    state = {"a": jnp.ones(2)}
+    whole = Checkpoints(tmp_path, 3, silent)
+    whole.save(1, state, {"data": 0})
+    whole.wait()
+    with pytest.raises(CheckpointError, match=r"written by 1 process\(es\) .* here are 2; go on with 1"):
+        Checkpoints(tmp_path, 3, silent, share=(0, 2)).restore(state)
+    assert whole.restore(state)[1] == {"data": 0}
+
+
+def test_a_run_is_complete_where_its_data_ends(recipe, data_file, tmp_path):
+    changes = ["data.epochs=2", f'evaluation.sources=[{{path="{data_file}"}}]', "evaluation.every=0"]
+    run = train(recipe(*changes), tmp_path / "run", silent)
+    step = int(run.state.step)
+    assert run.is_complete
+    assert 0 < step < 8
+    rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [step]
+    assert not train(recipe(), tmp_path / "other", silent, until=1).is_complete
 
 
 def test_what_is_not_a_number_ends_the_run_and_is_not_saved(recipe, tmp_path):
@@ -149,10 +186,11 @@ def test_a_step_that_is_not_a_number_changes_nothing(recipe):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
 
 
-def test_another_recipe_is_refused(whole_run, recipe):
+@pytest.mark.parametrize("change", ["optimizer.learning_rate=2e-3", "data.workers=1"])
+def test_another_recipe_is_refused(whole_run, recipe, change):
     _, folder, _ = whole_run
-    with pytest.raises(ConfigError, match=r"another recipe .*optimizer.learning_rate"):
-        train(recipe("optimizer.learning_rate=2e-3"), folder, silent)
+    with pytest.raises(ConfigError, match=rf"another recipe .*{change.partition('=')[0]}"):
+        train(recipe(change), folder, silent)
 
 
 def test_accumulated_batches_equal_one_large_one(recipe):

@@ -91,7 +91,9 @@ def test_a_run_trains_adapters_alone_and_exports_them_merged_and_apart(recipe, t
 
     assert export_run(tmp_path / "run", tmp_path / "merged", told.append, dtype="float32") == 8
     assert export_run(tmp_path / "run", tmp_path / "adapters", told.append, adapters=True) == 8
-    batch = vl2.processor([{"role": "user", "content": "And this?"}, {"role": "assistant", "content": ""}])
+    picture = GOLDENS / "images" / "tall.png"
+    question = {"role": "user", "content": "<image>\nAnd this?", "images": [picture]}
+    batch = vl2.processor([question, {"role": "assistant", "content": ""}])
     merged = vl2_jax.load(tmp_path / "merged", dtype="float32").logits(batch)
     beside = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=tmp_path / "adapters")
     np.testing.assert_array_equal(merged, beside.logits(batch))

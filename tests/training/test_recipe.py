@@ -28,6 +28,16 @@ def test_changes_are_laid_over_the_file(recipe_file):
         ("data.sources=3", "must be a list"),
         ("model=3", "must be a table"),
         ("loop.steps", "expected table.key=value"),
+        ("loop.steps.most=1", "steps is no table"),
+        ("loop.steps=0", "loop.steps is 0; expected at least 1"),
+        ("data.rows=0", "data.rows is 0; expected at least 1"),
+        ("data.sources=[{scenes=1, weight=0}]", "weight of a data source is 0.0"),
+        ("optimizer.accumulate=0", "optimizer.accumulate is 0"),
+        ("optimizer.learning_rate=-1.0", "optimizer.learning_rate is -1.0"),
+        ("optimizer.learning_rate=nan", "optimizer.learning_rate is nan"),
+        ("optimizer.state_dtype=bf16", "'bf16'; expected float32 or bfloat16"),
+        ("objective.loss_chunk=0", "objective.loss_chunk is 0"),
+        ("evaluation.batches=0", "evaluation.batches is 0"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(recipe_file, change, message):
@@ -35,9 +45,15 @@ def test_a_wrong_key_or_value_is_named(recipe_file, change, message):
         read_recipe(recipe_file(), [change])
 
 
+def test_adapters_alone_are_trained(recipe_file):
+    with pytest.raises(ConfigError, match=r"optimizer\.frozen has no effect on adapters"):
+        read_recipe(recipe_file(), ["lora.rank=4", "optimizer.frozen=['vision/*']"])
+
+
 def test_a_missing_or_broken_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no recipe"):
-        read_recipe(tmp_path / "none.toml")
+    for name in ("none.toml", "sft-tiny.toml"):  # one of the project's is found by its name, not in any place
+        with pytest.raises(ConfigError, match="no recipe"):
+            read_recipe(tmp_path / name)
     (tmp_path / "broken.toml").write_text("[model\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_recipe(tmp_path / "broken.toml")
@@ -49,6 +65,8 @@ def test_a_recipe_extends_another(tmp_path):
     recipe = read_recipe(tmp_path / "second.toml", ["loop.steps=3"])
     assert (recipe.optimizer.learning_rate, recipe.optimizer.warmup, recipe.model.path) == (1e-4, 7, "a")
     assert recipe.loop.steps == 3
+    (tmp_path / "third.toml").write_text('extends = "lora-tiny.toml"\nlora.rank = 4\n')
+    assert read_recipe(tmp_path / "third.toml").lora.rank == 4
     (tmp_path / "first.toml").write_text('extends = "second.toml"\n')
     with pytest.raises(ConfigError, match="extends itself"):
         read_recipe(tmp_path / "second.toml")

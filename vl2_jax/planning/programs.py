@@ -27,17 +27,16 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import abstract_sharded_params, sharding_of
 from vl2_jax.training.flops import costs_of, training_costs
 from vl2_jax.training.packing import PackedBatch
-from vl2_jax.training.recipe import ModelRecipe, Recipe
+from vl2_jax.training.recipe import DataRecipe, ModelRecipe, Recipe
 from vl2_jax.training.step import abstract_state, build_model, make_step
 
 Purpose = Literal["decode", "prefill", "train"]
 
 _CHUNK = generate.Generator.chunk_size
-_TILES_A_ROW = 7  # of a training batch: a picture of 2 x 3 tiles and its global view a sequence
 
-
-# A full fine-tune as large models are trained: float32 weights and optimiser states, bfloat16 arithmetic.
-_FULL = Recipe(model=ModelRecipe(dtype="bfloat16", remat=True, scan=True))
+# A full fine-tune as large models are trained: float32 weights and optimiser states, bfloat16 arithmetic; a picture of
+# 2 x 3 tiles and its global view a sequence.
+_FULL = Recipe(model=ModelRecipe(dtype="bfloat16", remat=True, scan=True), data=DataRecipe(rows=1, tiles=7))
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def _train(config: VL2Config, layout: MeshLayout, batch: int, context: int, reci
     flat = abstract_sharded_params(config, layout.mesh, jnp.dtype(recipe.model.param_dtype))
     state = abstract_state(recipe, flat)
     size = config.vision_config.image_size
-    tiles = math.ceil(batch * _TILES_A_ROW / layout.devices) * layout.devices
+    tiles = math.ceil(batch * recipe.data.tiles / recipe.data.rows / layout.devices) * layout.devices
 
     def array(shape: tuple[int, ...], dtype: Any, axis: str) -> Any:
         names = (None, axis, *[None] * (len(shape) - 2))

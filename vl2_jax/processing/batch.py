@@ -172,10 +172,13 @@ class Processor:
         Where prompts are targets too, what is shared counts once, and the first token of a question not at all.
 
         Raises:
-          ConversationError, ImageError: see `encode`.
+          ConversationError: see `encode`; or the conversations do not begin alike.
+          ImageError: see `load_image`.
         """
         pieces = [pieces_of_conversation(conversation, "bos", "eos") for conversation in conversations]
         after = 1 + max((place for place, piece in enumerate(pieces[0]) if piece.kind == "image"), default=-1)
+        if any(p[:after] != pieces[0][:after] for p in pieces):
+            raise ConversationError("conversations apart must be alike until after their last picture.")
         first = self.encode(conversations[0], inference=False)
         visual = np.flatnonzero(first.visual_index != TEXT)
         shared = int(visual[-1]) + 1 if len(visual) else 0

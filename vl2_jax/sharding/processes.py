@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from vl2_jax.errors import MeshError, VL2Error
 from vl2_jax.sharding.devices import Devices
@@ -99,6 +101,13 @@ def wait_for_all(what: str) -> None:
     """Returns once every process has come here; from any thread, as no device takes part."""
     if jax.process_count() > 1:
         _store().wait_at_barrier(f"vl2/{what}", 3_600_000)
+
+
+def most_of_all(number: int) -> int:
+    """The largest of all processes' numbers, agreed on by the devices."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def _store() -> Any:

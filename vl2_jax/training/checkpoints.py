@@ -39,11 +39,16 @@ _STATE, _RUN = "state", "run.json"
 T = TypeVar("T")
 
 
+class SharesError(CheckpointError):
+    """A good checkpoint of another number of processes."""
+
+
 class Checkpoints:
     """The checkpoints of one run, in a folder of their own."""
 
     def __init__(self, folder: Path, keep: int, tell: Callable[[str], None], share: tuple[int, int] = (0, 1)):
         self.folder, self._keep, self._tell = folder, keep, tell
+        self._shares = share[1]
         self._run_file = _RUN if share[1] == 1 else f"run-{share[0]}-of-{share[1]}.json"
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
@@ -59,6 +64,7 @@ class Checkpoints:
         self.wait()
         new = unfinished_path(self._path(step))
         if jax.process_index() == 0:
+            shutil.rmtree(self._path(step), ignore_errors=True)  # a damaged one that was passed over
             unfinished_directory(self._path(step))
         wait_for_all(f"checkpoint {step} begins")
         (new / self._run_file).write_text(json.dumps(run), encoding="utf-8")
@@ -99,10 +105,14 @@ class Checkpoints:
 
         Args:
           like: a state of the same structure; arrays arrive with its shapes, dtypes and shardings.
+
+        Raises:
+          CheckpointError: none can be read, or the newest was written by another number of processes.
         """
         abstract = jax.tree.map(_abstract, _named(like))
 
         def read(path: Path) -> tuple[Any, dict[str, Any]]:
+            self._check_shares(path)
             names = orbax().load(str((path / _STATE).absolute()), abstract)
             return _restored(like, names), json.loads((path / self._run_file).read_text(encoding="utf-8"))
 
@@ -125,11 +135,22 @@ class Checkpoints:
             try:
                 check_files(path, read_manifest(path))
                 return step, read(path)
+            except SharesError:
+                raise
             except Exception as error:  # a checkpoint may be damaged in ways that Orbax tells by any exception
                 self._tell(f"checkpoint {path} is passed over: {str(error).splitlines()[0]}")
         if steps:
             raise CheckpointError(f"none of the {len(steps)} checkpoint(s) in {self.folder} can be read.")
         return None
+
+    def _check_shares(self, path: Path) -> None:
+        """Each process goes on where it was in its share of the data, so there must be as many."""
+        shares = 1 if (path / _RUN).is_file() else len(list(path.glob("run-*-of-*.json")))
+        if shares and shares != self._shares:
+            raise SharesError(
+                f"{path} was written by {shares} process(es) with a share of the data each, and here are "
+                f"{self._shares}; go on with {shares}, or begin a new run from what `vl2 export` makes of this one."
+            )
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step:08d}"

@@ -23,8 +23,8 @@ from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
 
 _READ_AHEAD = 64
-_MOST_BAD = 1000  # samples one after another, of data that is read again and again
-_BAD = (VL2Error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError)  # what records raise
+_MOST_BAD = 1000  # samples one after another, after which the data itself is bad
+_BAD = (VL2Error, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)  # what records raise
 
 
 class SampleError(VL2Error):
@@ -80,7 +80,7 @@ class Encoder:
             else:
                 encoded = self._processor.encode(messages, inference=False)
         except _BAD as error:
-            return BadSample(where, str(error))
+            return BadSample(where, str(error) if isinstance(error, VL2Error) else f"{type(error).__name__}: {error}")
         if len(encoded) > self._most_positions:
             return BadSample(where, f"{len(encoded)} positions do not fit into a row of {self._most_positions}")
         if len(encoded.tiles) > self._most_tiles:
@@ -192,8 +192,18 @@ def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: in
     return PackDataset(stream, part, **layout, first_tile=share * part.tiles)
 
 
-def first_questions(recipe: DataRecipe, count: int) -> list[tuple[Conversation, str]]:
-    """The first question of as many conversations of the sources, one source after another, and its answer."""
+def empty_batch(recipe: DataRecipe, processor: Processor, shares: int = 1) -> PackedBatch:
+    """A host's share of a batch that holds nothing."""
+    rows: list[list[Encoded]] = [[] for _ in range(recipe.rows // shares)]
+    layout = {"pad_id": processor.tokenizer.pad_id, "tile_size": processor.config.tile_size}
+    return pack(rows, recipe.sequence_length, recipe.tiles // shares, **layout)
+
+
+def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> list[tuple[Conversation, str]]:
+    """The first question of as many conversations of the sources, one source after another, and its answer.
+
+    What cannot be asked is left out.
+    """
     found: list[tuple[Conversation, str]] = []
     sources = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
     for number in range(count):
@@ -203,11 +213,12 @@ def first_questions(recipe: DataRecipe, count: int) -> list[tuple[Conversation, 
         record = source[place]
         try:
             messages = _messages_of(record)
+            end = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+            if end is not None:
+                processor.encode(messages[: end + 1], inference=False)
+                found.append((messages[:end], messages[end]["content"]))
         except _BAD:
             continue
-        end = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-        if end is not None:
-            found.append((messages[:end], messages[end]["content"]))
     return found
 
 

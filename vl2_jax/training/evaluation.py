@@ -20,12 +20,15 @@ import numpy as np
 
 from convert.weight_map import unflatten
 from vl2_jax.api import VL2
+from vl2_jax.errors import ConfigError
 from vl2_jax.inference.generate import matmul_precision
 from vl2_jax.model.vl2 import VL2Model
 from vl2_jax.processing.batch import IGNORED, Processor
+from vl2_jax.processing.conversation import Conversation
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
-from vl2_jax.training.data import batches, first_questions
+from vl2_jax.sharding.processes import most_of_all
+from vl2_jax.training.data import batches, empty_batch, first_questions
 from vl2_jax.training.log import Log
 from vl2_jax.training.objective import losses
 from vl2_jax.training.packing import PackedBatch
@@ -41,6 +44,9 @@ class Evaluation:
     Args:
       share: this process's of every batch, and of how many.
       place: lays a host's batch out on the devices.
+
+    Raises:
+      ConfigError: there are sources, and nothing in them can be used.
     """
 
     def __init__(
@@ -51,26 +57,37 @@ class Evaluation:
         folder: Path,
         share: tuple[int, int],
         place: Callable[[PackedBatch], PackedBatch],
+        log: Log,
     ):
-        self._recipe, self._model, self._processor, self._folder = recipe, model, processor, folder
-        described = recipe.evaluation
-        data = dataclasses.replace(recipe.data, sources=described.sources, epochs=1)
-        stream = itertools.islice(batches(data, processor, *share), described.batches) if described.sources else ()
-        self._batches = [jax.tree.map(lambda a: a[0], place(jax.tree.map(lambda a: a[None], b))) for b in stream]
-        self._questions = first_questions(data, described.samples) if described.sources else []
+        self._recipe, self._model, self._processor, self._folder, self._log = recipe, model, processor, folder, log
+        self._batches: list[PackedBatch] = []
+        self._questions: list[tuple[Conversation, str]] = []
         self._loss = jax.jit(self._sum_of_losses)
+        if not recipe.evaluation.sources:
+            return
+        data = dataclasses.replace(recipe.data, sources=recipe.evaluation.sources, epochs=1)
+        stream = iter(batches(data, processor, *share))
+        mine = list(itertools.islice(stream, recipe.evaluation.batches))
+        log.left_out(stream.reports)
+        # A host whose share ends before another's goes on with nothing: all take part in every computation.
+        number = most_of_all(len(mine))
+        if not number:
+            raise ConfigError("evaluation.sources hold no sample that can be used; mend them, or leave them out.")
+        mine += [empty_batch(data, processor, share[1])] * (number - len(mine))
+        self._batches = [jax.tree.map(lambda a: a[0], place(jax.tree.map(lambda a: a[None], b))) for b in mine]
+        self._questions = first_questions(data, processor, recipe.evaluation.samples)
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, step: int, is_last: bool) -> bool:
         every = self._recipe.evaluation.every
-        return bool(self._batches and (step == self._recipe.loop.steps or (every and step % every == 0)))
+        return bool(self._batches and (is_last or (every and step % every == 0)))
 
-    def __call__(self, step: int, state: TrainState, log: Log, tell: Callable[[str], None]) -> None:
+    def __call__(self, step: int, state: TrainState, tell: Callable[[str], None]) -> None:
         sums = [jax.device_get(self._loss(state.trained, state.kept, batch)) for batch in self._batches]
         loss = float(sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums)))
-        log.record(EVALUATION_FILE, {"step": step, "loss": loss}, prefix="evaluation/")
+        self._log.record(EVALUATION_FILE, {"step": step, "loss": loss}, prefix="evaluation/")
         tell(f"step {step}  evaluation loss {loss:.4f}")
         if self._questions:
-            self._ask(step, state, log, tell)
+            self._ask(step, state, tell)
 
     def _sum_of_losses(self, trained: dict, kept: dict, batch: PackedBatch) -> tuple[Any, Any]:
         params, adapters = model_variables(self._recipe, trained, kept)
@@ -86,7 +103,7 @@ class Evaluation:
             )
         return found.next_token, targets
 
-    def _ask(self, step: int, state: TrainState, log: Log, tell: Callable[[str], None]) -> None:
+    def _ask(self, step: int, state: TrainState, tell: Callable[[str], None]) -> None:
         params = unflatten(params_of(self._recipe, state))
         vl2 = VL2(self._model.config, params, self._processor, self._model.dtype, layout=self._model.layout)
         turns = [messages for messages, _ in self._questions]
@@ -104,7 +121,7 @@ class Evaluation:
             if pictures:
                 drawn = draw_boxes(load_image(pictures[-1]), answer.boxes)
                 drawn.save(folder / f"{step:08d}-{number}.png")
-                if log.board is not None:
-                    log.board.add_image(f"samples/{number}", np.asarray(drawn), step, dataformats="HWC")
+                if self._log.board is not None:
+                    self._log.board.add_image(f"samples/{number}", np.asarray(drawn), step, dataformats="HWC")
         text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
         (folder / f"{step:08d}.jsonl").write_text(text + "\n", encoding="utf-8")

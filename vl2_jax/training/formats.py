@@ -129,6 +129,8 @@ def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[
         return
     refs, rows = list(objects.get("ref") or ()), list(objects.get("bbox") or ())
     of_picture = list(objects.get("image_id") or [0] * len(rows))
+    if len(of_picture) != len(rows):
+        raise ConversationError(f"'objects' has {len(rows)} boxes and {len(of_picture)} image_id.")
     is_relative = objects.get("bbox_type", "real") == "norm1"
     taken = {"ref-object": 0, "bbox": 0}
 
@@ -140,8 +142,10 @@ def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[
             raise ConversationError(f"more <{kind}> placeholders than entries in 'objects'.")
         if kind == "ref-object":
             return f"<|ref|>{refs[number]}<|/ref|>"
-        if of_picture[number] >= len(pictures):
+        if not 0 <= of_picture[number] < len(pictures):
             raise ConversationError(f"a box belongs to picture {of_picture[number]}, but there are {len(pictures)}.")
+        if len(rows[number]) != 4:
+            raise ConversationError(f"the box {rows[number]} of 'objects' is not x1, y1, x2, y2.")
         size = (1, 1) if is_relative else load_image(pictures[of_picture[number]]).size
         return write_boxes([rows[number]], *size)
 

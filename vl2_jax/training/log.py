@@ -55,10 +55,11 @@ class Log:
 
     def step(self, step: int, metrics: Metrics, skipped: int, reports: list[BadSample]) -> None:
         """After every update; `reports` is emptied."""
+        self.left_out(reports)
+        if not self._loop.log_every:
+            return
         self._held.append(metrics)
-        while reports:
-            self._tell_of(reports.pop(0))
-        if not self._loop.log_every or step % self._loop.log_every:
+        if step % self._loop.log_every and step != self._loop.steps:
             return
         held, self._held = jax.device_get(self._held), []
         now = time.perf_counter()
@@ -86,6 +87,11 @@ class Log:
             _append(self._folder / file, row)
         for name in row.keys() - {"step"} if self.board is not None else ():
             self.board.add_scalar(prefix + name, row[name], row["step"])
+
+    def left_out(self, reports: list[BadSample]) -> None:
+        """Samples that cannot be used; `reports` is emptied."""
+        while reports:
+            self._tell_of(reports.pop(0))
 
     def _tell_of(self, sample: BadSample) -> None:
         if self._writes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import signal
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from vl2_jax.processing.batch import Processor
 from vl2_jax.sharding.batches import share_of_process, spread
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
+from vl2_jax.sharding.processes import most_of_all
 from vl2_jax.training.checkpoints import Checkpoints
 from vl2_jax.training.data import batches
 from vl2_jax.training.evaluation import Evaluation
@@ -34,7 +36,7 @@ from vl2_jax.training.recipe import LoopRecipe, Recipe
 from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, init_state, make_step, params_of
 
 RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
-_MAY_CHANGE = {"data.workers", "objective.loss_chunk", "model.remat", "model.scan"}
+_MAY_CHANGE = {"objective.loss_chunk", "model.remat", "model.scan"}
 
 
 class TrainingError(VL2Error):
@@ -43,12 +45,13 @@ class TrainingError(VL2Error):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A model that is being trained, and where it stands."""
+    """A model that is being trained, and where it stands; complete at its last step, or where its data has ended."""
 
     model: VL2Model
     processor: Processor
     recipe: Recipe
     state: TrainState
+    is_complete: bool = False
 
     @property
     def params(self) -> Params:
@@ -62,10 +65,10 @@ def train(
     """Trains to the recipe's last step, from the newest checkpoint in `folder` or from the beginning.
 
     Args:
-      mesh: devices to spread the model and its batches over (`sharding.mesh`); a run may go on on another one.
       folder: holds checkpoints, logs and the recipe; made if it does not exist.
       tell: shows a line to the user.
       until: a step to stop at before the last, as a preemption would: the state is saved.
+      mesh: devices to spread the model and its batches over (`sharding.mesh`); a run may go on on another one.
 
     Raises:
       ConfigError, CheckpointError, SampleError: see their messages.
@@ -96,15 +99,20 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
     place = (lambda batch: batch) if mesh is None else (lambda batch: spread(batch, mesh, *share))
     devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
     log = Log(folder, recipe, tell, run.model.config, devices)
-    evaluation = Evaluation(recipe, run.model, run.processor, folder, share, place)
-    profile = _Profile(folder / "profile", recipe.loop)
+    evaluation = Evaluation(recipe, run.model, run.processor, folder, share, place, log)
     step, last = int(state.step), min(recipe.loop.steps, until or recipe.loop.steps)
     unchecked: Metrics | None = None
-    with _Interruption() as interruption:
+    is_complete = step >= recipe.loop.steps
+    with _Interruption() as interruption, _Profile(folder / "profile", recipe.loop) as profile:
         while step < last and not interruption.has_come(step):
-            batch = _next_batches(stream, recipe.optimizer.accumulate)
+            batch = _next_batches(stream, recipe)
             if batch is None:
                 tell(f"the data ended after {step} steps")
+                is_complete = True
+                log.left_out(stream.reports)
+                if unchecked is not None and not evaluation.is_due(step, is_last=False):
+                    _check(unchecked, step)
+                    evaluation(step, state, tell)
                 break
             profile.before(step)
             state, metrics = update(state, place(batch))
@@ -112,14 +120,15 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
             _check(unchecked, step)  # one step late, so that the device never waits for the host
             unchecked = metrics
             step += 1
+            is_complete = step >= recipe.loop.steps
             log.step(step, metrics, stream.skipped, stream.reports)
             if recipe.loop.checkpoint_every and step % recipe.loop.checkpoint_every == 0:
                 _check(metrics, step, state)
                 checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
                 saved = step
-            if evaluation.is_due(step):
+            if evaluation.is_due(step, is_complete):
                 _check(metrics, step)
-                evaluation(step, state, log, tell)
+                evaluation(step, state, tell)
     _check(unchecked, step, state)
     if step == 0:
         raise TrainingError(f"the data holds no sample that can be trained on ({stream.skipped} were left out).")
@@ -128,7 +137,7 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
     checkpoints.wait()
     if step < last and interruption.came:
         tell(f"interrupted; step {step} is saved, and the same command goes on from there")
-    return dataclasses.replace(run, state=state)
+    return dataclasses.replace(run, state=state, is_complete=is_complete)
 
 
 def _changing(recipe: Recipe, state: TrainState) -> TrainState:
@@ -182,25 +191,39 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
 
 
 def layout_of(mesh: str | Mesh | None, config: VL2Config, holds_states: bool) -> Layout:
+    """The layout of a mesh, or of its description; `holds_states` as in `Recipe`.
+
+    Raises:
+      MeshError: a mesh that does not fit.
+    """
     if mesh is None:
         return ONE_DEVICE
     return MeshLayout(make_mesh(mesh, config, training=holds_states) if isinstance(mesh, str) else mesh)
 
 
 class _Profile:
-    """jax's profiler over some steps: TensorBoard and XProf read what it writes."""
+    """jax's profiler over some steps, or those that a run comes to: TensorBoard and XProf read what it writes."""
 
     def __init__(self, folder: Path, recipe: LoopRecipe):
-        self._folder, self._first = folder, recipe.profile_from
-        self._last = recipe.profile_from + recipe.profile_steps - 1
+        self._folder, self._runs = folder, False
+        self._steps = range(recipe.profile_from, recipe.profile_from + recipe.profile_steps)
+
+    def __enter__(self) -> _Profile:
+        return self
 
     def before(self, step: int) -> None:
-        if step == self._first <= self._last:
+        if step in self._steps and not self._runs:
             jax.profiler.start_trace(str(self._folder))
+            self._runs = True
 
     def after(self, step: int, state: TrainState) -> None:
-        if step == self._last >= self._first:
+        if self._runs and step + 1 not in self._steps:
             jax.block_until_ready(state)
+            self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._runs:
+            self._runs = False
             jax.profiler.stop_trace()
 
 
@@ -234,14 +257,12 @@ class _Interruption:
         self.came = True
 
 
-def _next_batches(stream: Any, count: int) -> PackedBatch | None:
-    """`count` batches stacked along a new first axis, or None where the data ends."""
-    parts = []
-    for _ in range(count):
-        try:
-            parts.append(next(stream))
-        except StopIteration:
-            return None
+def _next_batches(stream: Any, recipe: Recipe) -> PackedBatch | None:
+    """The batches of an update stacked along a new first axis, or None where the data of any process ends."""
+    parts = list(itertools.islice(stream, recipe.optimizer.accumulate))
+    is_short = len(parts) < recipe.optimizer.accumulate
+    if most_of_all(is_short) if recipe.data.epochs is not None else is_short:
+        return None
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 

@@ -21,7 +21,6 @@ from vl2_jax.errors import ConfigError
 from vl2_jax.training.recipe import OptimizerRecipe
 
 _UNUSED = "vision/attn_pool/*"  # in every checkpoint, executed by nothing (SPEC 2.3)
-_UNDECAYED = ("image_newline", "view_separator")
 _NOT_HIDDEN = ("embed", "lm_head", "mlp/gate/")
 _ADAM_RMS = 0.2
 
@@ -74,7 +73,7 @@ def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransform
         raise ConfigError(f"optimizer.kind is {recipe.kind!r}; expected adamw or muon.")
 
     def decays(params: Flat) -> dict[str, bool]:
-        return {path: array.ndim > 1 and path not in _UNDECAYED for path, array in params.items()}
+        return {path: array.ndim > 1 for path, array in params.items()}
 
     def in_vision(params: Flat) -> dict[str, bool]:
         return {path: path.startswith("vision/") for path in params}

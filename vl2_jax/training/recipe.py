@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,16 @@ from typing import Any, get_type_hints
 from vl2_jax.config import configs_directory
 from vl2_jax.errors import ConfigError
 from vl2_jax.scenes import SceneSizes
+
+_PLACE = Path("configs/training")  # of the recipes, in the project
+
+
+def _check(table: str, values: Any, **least: float) -> None:
+    """Raises ConfigError for a number below the least that makes sense, or that is none."""
+    for name, lowest in least.items():
+        value = getattr(values, name)
+        if value is not None and not lowest <= value < math.inf:
+            raise ConfigError(f"{table}.{name} is {value}; expected at least {lowest}.")
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,9 @@ class ModelRecipe:
     remat: bool = False
     scan: bool = False
 
+    def __post_init__(self) -> None:
+        _check("model", self, seed=0)
+
 
 @dataclass(frozen=True)
 class SourceRecipe:
@@ -60,6 +74,10 @@ class SourceRecipe:
     weight: float = 1.0
     apart: bool = False
     sizes: SceneSizes = SceneSizes()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight of a data source is {self.weight}; expected a number above 0.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +104,9 @@ class DataRecipe:
     workers: int = 1
     on_bad_sample: str = "skip"
 
+    def __post_init__(self) -> None:
+        _check("data", self, sequence_length=2, rows=1, tiles=0, seed=0, epochs=1, workers=0)
+
 
 @dataclass(frozen=True)
 class ObjectiveRecipe:
@@ -102,6 +123,9 @@ class ObjectiveRecipe:
     bias_step: float = 0.0
     count_padding: bool = False
     loss_chunk: int = 512
+
+    def __post_init__(self) -> None:
+        _check("objective", self, balance_loss=0, bias_step=0, loss_chunk=1)
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,14 @@ class OptimizerRecipe:
     state_dtype: str = "float32"
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        _check(
+            "optimizer", self, learning_rate=0, warmup=0, final_share=0, decay_share=0, epsilon=0, weight_decay=0,
+            clip=0, vision_multiplier=0, accumulate=1,
+        )  # fmt: skip
+        if self.state_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"optimizer.state_dtype is {self.state_dtype!r}; expected float32 or bfloat16.")
+
 
 @dataclass(frozen=True)
 class LoraRecipe:
@@ -149,6 +181,9 @@ class LoraRecipe:
     rank: int = 0
     alpha: float = 32.0
     targets: tuple[str, ...] = ("language/layers_*/self_attn/*_proj*",)
+
+    def __post_init__(self) -> None:
+        _check("lora", self, rank=0)
 
 
 @dataclass(frozen=True)
@@ -169,6 +204,9 @@ class LoopRecipe:
     profile_from: int = 10
     profile_steps: int = 0
 
+    def __post_init__(self) -> None:
+        _check("loop", self, steps=1, log_every=0, checkpoint_every=0, keep=1, profile_from=0, profile_steps=0)
+
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
@@ -188,6 +226,9 @@ class EvaluationRecipe:
     samples: int = 0
     max_tokens: int = 128
 
+    def __post_init__(self) -> None:
+        _check("evaluation", self, every=0, batches=1, samples=0, max_tokens=1)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -198,6 +239,10 @@ class Recipe:
     lora: LoraRecipe = LoraRecipe()
     loop: LoopRecipe = LoopRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    def __post_init__(self) -> None:
+        if self.lora.rank and self.optimizer.frozen:
+            raise ConfigError("optimizer.frozen has no effect on adapters, which alone are trained; use lora.targets.")
 
     @property
     def holds_states(self) -> bool:
@@ -229,9 +274,11 @@ def build_recipe(data: Mapping[str, Any]) -> Recipe:
     return _build(Recipe, data, "")
 
 
-def _find(path: Path) -> Path:
+def _find(path: Path, beside: Path = Path()) -> Path:
+    """A file, or one of the project's by its name alone or its place in the project."""
     ours = configs_directory() / "training"
-    return next((p for p in (path, ours / path.name, ours / f"{path.name}.toml") if p.is_file()), path)
+    by_name = (ours / path.name, ours / f"{path.name}.toml") if path.parent in (Path(), _PLACE) else ()
+    return next((p for p in (beside / path, *by_name) if p.is_file()), beside / path)
 
 
 def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
@@ -247,7 +294,7 @@ def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
     base = data.pop("extends", None)
     if base is None:
         return data
-    tables = _read_tables(path.parent / str(base), [*extended, path.resolve()])
+    tables = _read_tables(_find(Path(str(base)), path.parent), [*extended, path.resolve()])
     for name, table in data.items():
         old = tables.get(name)
         tables[name] = old | table if isinstance(old, dict) and isinstance(table, dict) else table
@@ -266,6 +313,8 @@ def _lay_over(data: dict[str, Any], change: str) -> None:
     node = data
     for table in tables:
         node = node.setdefault(table, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {change!r}: {table} is no table; expected table.key=value.")
     node[key] = value
 
 

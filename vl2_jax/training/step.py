@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,7 @@ class Metrics(NamedTuple):
     gradient_norm: Float[Array, ""]
     targets: Int[Array, ""]  # positions with a label
     positions: Int[Array, ""]  # positions that are not padding
-    tiles: Float[Array, ""]  # tiles that are not padding
+    tiles: Int[Array, ""]  # tiles that are not padding
     busiest_expert: Float[Array, ""]  # load / mean load, the largest of all layers
     is_finite: Bool[Array, ""]  # loss and gradients; if not, nothing was changed
 
@@ -185,12 +186,20 @@ def make_step(
             gradient_norm=norm,
             targets=targets,
             positions=(batches.segments > 0).sum(),
-            tiles=(batches.visual_index >= FIRST_TOKEN_ROW).sum() / model.config.tokens_per_tile,
+            tiles=jax.vmap(partial(shown_tiles, model.config.tokens_per_tile))(batches).sum(),
             busiest_expert=(load.max(axis=-1) / mean).max(),
             is_finite=is_finite,
         )
 
     return jax.jit(update, donate_argnums=0, out_shardings=None if like is None else (shardings_of(like), None))
+
+
+def shown_tiles(tokens_per_tile: int, batch: PackedBatch) -> Int[Array, ""]:
+    """How many tiles of a batch some position shows; the only tile of a small picture is its global view too."""
+    number = batch.tiles.shape[0]
+    of_position = (batch.visual_index - FIRST_TOKEN_ROW) // tokens_per_tile
+    marked = jnp.where(of_position < 0, number, of_position).ravel()
+    return jnp.zeros(number, jnp.int32).at[marked].set(1, mode="drop").sum()
 
 
 @jax.jit
