@@ -26,6 +26,7 @@ from vl2_jax.progress import Display, Report, silent
 
 _WEIGHTS_FILE = "model-00001-of-000001.safetensors"
 _DEVIATION = 0.02
+_WORDS = {"bos": "begin", "eos": "end", "pad": "pad"}  # of the special tokens with these roles
 
 
 def create(preset: str, destination: Path, seed: int = 0, report: Report = silent) -> None:
@@ -60,12 +61,13 @@ def write_small_files(tables: dict[str, Any], directory: Path, tokenizer: dict[s
     tokenizer["added_tokens"] = [{"id": id_, "content": token} | flags for token, id_ in special.items()]
     tokenizer["model"]["vocab"] |= special
     processor = tables["processor"] | {"candidate_resolutions": tables["model"]["candidate_resolutions"]}
+    roles = {f"{role}_token": _named(tables, word) for role, word in _WORDS.items()}
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in (
         (CONFIG_FILE, tables["model"]),
         (PROCESSOR_FILE, processor),
         (TOKENIZER_FILE, tokenizer),
-        (TOKENIZER_CONFIG_FILE, {"bos_token": _named(tables, "begin"), "eos_token": _named(tables, "end")}),
+        (TOKENIZER_CONFIG_FILE, {"tokenizer_class": "PreTrainedTokenizerFast"} | roles),
     ):
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
 

@@ -103,7 +103,7 @@ def test_what_is_frozen_costs_no_gradients():
 
 
 def test_xla_counts_the_same_operations_without_the_experts():
-    """Where no kernel hides anything: the decoder's dense layers, on this machine's compiler."""
+    """Where no kernel hides anything: the vision tower, on this machine's compiler."""
     import jax
     import jax.numpy as jnp
 

@@ -136,6 +136,7 @@ def turns_about(random: np.random.Generator, scene: Scene) -> list[Turn]:
 
 
 def two_picture_turns(random: np.random.Generator, first: Scene, second: Scene) -> list[Turn]:
+    """Questions about two pictures together, and about either of them."""
     kind, colour = _pick(random, SHAPES), _pick(random, tuple(COLOURS))
     if random.random() < 0.7:
         thing = _pick(random, (*first.things, *second.things))
@@ -189,6 +190,7 @@ def boxes(scene: Scene, things: Sequence[Thing]) -> str:
 
 
 def plural(kind: str) -> str:
+    """Of a kind of shape."""
     return {"cross": "crosses"}.get(kind, f"{kind}s")
 
 

@@ -59,6 +59,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
+    """What is drawn; width and height in pixels, background and colours as red, green, blue from 0 to 255."""
+
     width: int
     height: int
     background: tuple[int, ...]
@@ -92,6 +94,7 @@ def sample_scene(random: np.random.Generator, most_shapes: int, longest_side: in
 
 
 def render(scene: Scene) -> Image.Image:
+    """The picture of a scene, RGB, `scene.width` x `scene.height` pixels."""
     image = Image.new("RGB", (scene.width, scene.height), scene.background)
     draw = ImageDraw.Draw(image)
     for thing in scene.things:

@@ -101,8 +101,8 @@ def losses(
         in the released code.
       chunk: positions whose logits are held at a time.
       balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
-      adapters: see `vl2.apply`.
       targets: what the sum of cross-entropies is divided by; `None` is the number of targets in this batch.
+      adapters: see `vl2.apply`.
     """
     if isinstance(batch, PackedBatch):
         segments, positions = jnp.asarray(batch.segments), batch.positions

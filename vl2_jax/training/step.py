@@ -100,6 +100,7 @@ def abstract_state(recipe: Recipe, params: Mapping[str, Any]) -> TrainState:
 
 
 def shardings_of(state: TrainState) -> TrainState:
+    """Where every array of a state, or of its description, lies."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
