@@ -118,6 +118,10 @@ def find_model(model: str | Path) -> Path:
     if is_remote(directory):
         return _on_bucket(directory)
     if directory.is_dir():
+        if (directory / "checkpoints").is_dir() and not (directory / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"{directory} is the folder of a run; give {directory / 'model'}, or what `vl2 export` makes of it."
+            )
         return _with_config(directory, (directory / CONFIG_FILE).is_file())
     name = str(model)
     if name == SHIPPED:

@@ -20,7 +20,15 @@ import tyro
 from rich.console import Console
 
 from vl2_jax.config import preset_names, read_config
-from vl2_jax.errors import CheckpointError, ImageError, MeshError, RequestError, VerificationError, VL2Error
+from vl2_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ImageError,
+    MeshError,
+    RequestError,
+    VerificationError,
+    VL2Error,
+)
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
@@ -231,20 +239,27 @@ def train(
         out: Folder of the run: checkpoints, logs (TensorBoard too), and the trained model in OUT/model at the end.
         set: Change a value of the recipe: --set optimizer.learning_rate=1e-4.
     """
+    import jax
+
     from vl2_jax.training.recipe import read_recipe
 
     loop = _training("loop")
+    model = out / "model"
+    if model.exists() and not (out / loop.RECIPE_FILE).exists():
+        raise ConfigError(f"{model} exists and is not of a run in {out}, which writes there; choose another --out.")
     run = loop.train(read_recipe(recipe, set), out, _tell, mesh=devices.mesh)
-    if run.is_complete:
-        import jax
-
-        if jax.process_count() > 1:
+    if jax.process_count() > 1:
+        if run.is_complete:
             _tell(f"vl2 export {out} DIRECTORY makes a model of it")
-            return
-        model = out / "model"
-        shutil.rmtree(model, ignore_errors=True)
-        _training("export").export_run(out, model, _tell)
-        _tell(f"the trained model is in {model}: vl2 generate --model {model} ...")
+        return
+    if not run.is_complete:
+        sys.exit(128 + run.stopped_by)  # as a shell tells of a signal: `vl2 train ... && ...` does not go on
+    new = out / "model.new"
+    shutil.rmtree(new, ignore_errors=True)
+    _training("export").export_run(out, new, _tell)
+    shutil.rmtree(model, ignore_errors=True)
+    new.rename(model)
+    _tell(f"the trained model is in {model}: vl2 generate --model {model} ...")
 
 
 @app.command(name="eval")

@@ -1,7 +1,6 @@
 """Records of the known data sets become the same conversation; what does not fit is refused by name."""
 
 import base64
-from pathlib import Path
 
 import pytest
 
@@ -78,9 +77,15 @@ def test_boxes_of_objects_become_tags_in_the_models_coordinates():
         (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "image_id": [1]}}, "belongs to picture 1, but there are 1"),
         (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "image_id": [-1]}}, "belongs to picture -1"),
         (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "image_id": [0, 0]}}, "1 boxes and 2 image_id"),
-        (BOXED | {"objects": {"bbox": [[5, 5]]}}, r"\[5, 5\] of 'objects' is not x1, y1, x2, y2"),
+        (BOXED | {"objects": {"bbox": [[5, 5]]}}, r"\[5, 5\] of 'objects' is not four numbers"),
+        (BOXED | {"objects": {"bbox": [[0, 0, "9", 9]]}}, "is not four numbers"),
+        (BOXED | {"objects": {"bbox": [[9, 0, 5, 9]]}}, r"\[9, 0, 5, 9\] is not inside of its picture"),
+        (BOXED | {"objects": {"bbox": [[0, 0, 9000, 9]]}}, "is not inside of its picture"),
+        (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]], "bbox_type": "norm9"}}, "bbox_type is 'norm9'"),
+        (BOXED | {"objects": {"bbox": [[0, 0, 9, 9]] * 2}}, "0 ref and 2 bbox, of which 0 and 1 have"),
+        (BOXED | {"objects": [[0, 0, 9, 9]]}, "must hold 'ref' and 'bbox', got list"),
     ],
 )
 def test_what_does_not_fit_is_refused(record, message):
     with pytest.raises(ConversationError, match=message):
-        to_conversation(record, Path("."))
+        to_conversation(record, IMAGES)

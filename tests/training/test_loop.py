@@ -18,6 +18,7 @@ import pytest
 import vl2_jax
 from convert.weight_map import flatten
 from tests.conftest import GOLDENS
+from vl2_jax.cli import main
 from vl2_jax.errors import CheckpointError, ConfigError
 from vl2_jax.training.checkpoints import Checkpoints
 from vl2_jax.training.data import batches
@@ -109,8 +110,9 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
         process.send_signal(kind)
         _, messages = process.communicate(timeout=120)
         if kind == signal.SIGTERM:
-            assert process.returncode == 0, messages.decode()
-            assert b"is saved, and the same command" in messages or b"the trained model is in" in messages
+            is_complete = b"the trained model is in" in messages
+            assert process.returncode == (0 if is_complete else 128 + kind), messages.decode()
+            assert is_complete or b"is saved, and the same command" in messages
     subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, check=True)
     assert losses_in(tmp_path / "run") == losses_in(folder), f"killed at step {killed}, stopped at step {stopped}"
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
@@ -186,7 +188,31 @@ def test_a_step_that_is_not_a_number_changes_nothing(recipe):
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
 
 
-@pytest.mark.parametrize("change", ["optimizer.learning_rate=2e-3", "data.workers=1"])
+def test_the_rate_may_change_after_a_step_that_was_no_number(recipe, tmp_path):
+    train(recipe(), tmp_path / "run", silent, until=3)
+    told = []
+    train(recipe("optimizer.learning_rate=5e-4"), tmp_path / "run", told.append, until=3)
+    assert told[:2] == ["going on with other values of optimizer.learning_rate", "going on from step 3"]
+
+
+def test_a_model_that_a_run_did_not_write_is_left_alone(recipe_file, tmp_path, capsys):
+    mine = tmp_path / "project" / "model"
+    mine.mkdir(parents=True)
+    (mine / "config.json").write_text("{}")
+    command = ["train", str(recipe_file()), "--out", str(mine.parent), "--set", f"model.path={mine}"]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "choose another --out" in capsys.readouterr().err
+    assert (mine / "config.json").is_file()
+
+
+def test_a_start_that_fails_leaves_no_recipe_to_keep_to(recipe, tmp_path):
+    with pytest.raises(ConfigError, match="no data file"):
+        train(recipe("data.sources=[{path='typo.jsonl'}]"), tmp_path / "run", silent)
+    train(recipe(), tmp_path / "run", silent, until=1)
+
+
+@pytest.mark.parametrize("change", ["optimizer.weight_decay=0.2", "data.workers=1"])
 def test_another_recipe_is_refused(whole_run, recipe, change):
     _, folder, _ = whole_run
     with pytest.raises(ConfigError, match=rf"another recipe .*{change.partition('=')[0]}"):

@@ -5,6 +5,7 @@ sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class JsonSource:
 
     def __init__(self, path: Path):
         if not path.is_file():
-            raise ConfigError(f"there is no data file {str(path)!r}.")
+            raise ConfigError(f"there is no data file {str(path)!r} (looked for in {Path.cwd()}); correct its path.")
         self._path = path
         self._list = _whole_list(path)
         self._lines = [] if self._list else _lines_of(path)
@@ -80,7 +81,7 @@ class Encoder:
             else:
                 encoded = self._processor.encode(messages, inference=False)
         except _BAD as error:
-            return BadSample(where, str(error) if isinstance(error, VL2Error) else f"{type(error).__name__}: {error}")
+            return BadSample(where, _reason(error))
         if len(encoded) > self._most_positions:
             return BadSample(where, f"{len(encoded)} positions do not fit into a row of {self._most_positions}")
         if len(encoded.tiles) > self._most_tiles:
@@ -222,6 +223,12 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
     return found
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not valid JSON: {error.msg} at character {error.pos + 1}"
+    return str(error) if isinstance(error, VL2Error) else f"{type(error).__name__}: {error}"
+
+
 def _messages_of(record: dict[str, Any]) -> Conversation:
     if "messages" in record:  # of a scene
         return record["messages"]
@@ -248,10 +255,10 @@ def _with_questions_apart(record: dict[str, Any]) -> dict[str, Any]:
 def _whole_list(path: Path) -> list[Any]:
     """The records of a JSON list; nothing if the file holds a record a line."""
     with path.open("rb") as stream:
-        if stream.read(64).lstrip()[:1] != b"[":
+        if stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
             return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} begins like a JSON list and is not one: {error}.") from None
 

@@ -77,11 +77,15 @@ class Evaluation:
         self._batches = [jax.tree.map(lambda a: a[0], place(jax.tree.map(lambda a: a[None], b))) for b in mine]
         self._questions = first_questions(data, processor, recipe.evaluation.samples)
 
-    def is_due(self, step: int, is_last: bool) -> bool:
+    def is_due(self, step: int) -> bool:
+        """Before the last step; after it, a run is evaluated anyway."""
         every = self._recipe.evaluation.every
-        return bool(self._batches and (is_last or (every and step % every == 0)))
+        return bool(self._batches and every and step % every == 0)
 
     def __call__(self, step: int, state: TrainState, tell: Callable[[str], None]) -> None:
+        """Tells and records; nothing where there is nothing to evaluate."""
+        if not self._batches:
+            return
         sums = [jax.device_get(self._loss(state.trained, state.kept, batch)) for batch in self._batches]
         loss = float(sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums)))
         self._log.record(EVALUATION_FILE, {"step": step, "loss": loss}, prefix="evaluation/")

@@ -23,6 +23,7 @@ from vl2_jax.processing.grounding import write_boxes
 from vl2_jax.processing.images import load_image
 
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_BESIDE = 0.02  # of a side: boxes of many data sets go a little over the edge
 _PLACEHOLDER = re.compile(r"<(ref-object|bbox)>")
 
 
@@ -127,11 +128,15 @@ def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[
     """`<ref-object>` and `<bbox>` placeholders to the model's tags, in the order they stand."""
     if not objects:
         return
+    if not isinstance(objects, Mapping):
+        raise ConversationError(f"'objects' must hold 'ref' and 'bbox', got {type(objects).__name__}.")
     refs, rows = list(objects.get("ref") or ()), list(objects.get("bbox") or ())
     of_picture = list(objects.get("image_id") or [0] * len(rows))
     if len(of_picture) != len(rows):
         raise ConversationError(f"'objects' has {len(rows)} boxes and {len(of_picture)} image_id.")
-    is_relative = objects.get("bbox_type", "real") == "norm1"
+    kind_of_box = objects.get("bbox_type", "real")
+    if kind_of_box not in ("real", "norm1"):
+        raise ConversationError(f"bbox_type is {kind_of_box!r}; expected 'real' (pixels) or 'norm1' (0 to 1).")
     taken = {"ref-object": 0, "bbox": 0}
 
     def replaced(match: re.Match[str]) -> str:
@@ -144,13 +149,27 @@ def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[
             return f"<|ref|>{refs[number]}<|/ref|>"
         if not 0 <= of_picture[number] < len(pictures):
             raise ConversationError(f"a box belongs to picture {of_picture[number]}, but there are {len(pictures)}.")
-        if len(rows[number]) != 4:
-            raise ConversationError(f"the box {rows[number]} of 'objects' is not x1, y1, x2, y2.")
-        size = (1, 1) if is_relative else load_image(pictures[of_picture[number]]).size
+        size = (1, 1) if kind_of_box == "norm1" else load_image(pictures[of_picture[number]]).size
+        _check_box(rows[number], *size)
         return write_boxes([rows[number]], *size)
 
     for message in messages:
         message["content"] = _PLACEHOLDER.sub(replaced, message["content"])
+    if taken != {"ref-object": len(refs), "bbox": len(rows)}:
+        raise ConversationError(
+            f"'objects' has {len(refs)} ref and {len(rows)} bbox, of which {taken['ref-object']} and {taken['bbox']} "
+            "have a placeholder <ref-object> or <bbox>."
+        )
+
+
+def _check_box(box: Any, width: float, height: float) -> None:
+    """Raises ConversationError for what is no rectangle of the picture; edges may lie outside by a little."""
+    if not (isinstance(box, Sequence) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)):
+        raise ConversationError(f"the box {box!r:.80} of 'objects' is not four numbers x1, y1, x2, y2.")
+    x1, y1, x2, y2 = box
+    x, y = _BESIDE * width, _BESIDE * height
+    if not (-x <= x1 <= x2 <= width + x and -y <= y1 <= y2 <= height + y):
+        raise ConversationError(f"the box {box} is not inside of its picture of {width} x {height}; see bbox_type.")
 
 
 def _picture(item: Any, folder: Path) -> Any:

@@ -50,7 +50,7 @@ class Log:
         self._writes = jax.process_index() == 0
         self.board: Any = _tensorboard(folder) if self._writes else None
         self._held: list[Metrics] = []
-        self._told = 0
+        self._left_out: set[str] = set()
         self._begun = time.perf_counter()
 
     def step(self, step: int, metrics: Metrics, skipped: int, reports: list[BadSample]) -> None:
@@ -91,15 +91,17 @@ class Log:
     def left_out(self, reports: list[BadSample]) -> None:
         """Samples that cannot be used; `reports` is emptied."""
         while reports:
-            self._tell_of(reports.pop(0))
+            sample = reports.pop(0)
+            if sample.where not in self._left_out:  # once, however often the data is read
+                self._left_out.add(sample.where)
+                self._tell_of(sample)
 
     def _tell_of(self, sample: BadSample) -> None:
         if self._writes:
             _append(self._folder / SKIPPED_FILE, {"where": sample.where, "reason": sample.reason})
-        self._told += 1
-        if self._told <= _MOST_TOLD:
+        if len(self._left_out) <= _MOST_TOLD:
             self._tell(f"left out: {sample.where}: {sample.reason}")
-        if self._told == _MOST_TOLD:
+        elif len(self._left_out) == _MOST_TOLD + 1:
             self._tell(f"more samples that are left out are listed in {self._folder / SKIPPED_FILE} only")
 
 

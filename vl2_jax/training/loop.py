@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,9 @@ from vl2_jax.training.recipe import LoopRecipe, Recipe
 from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, init_state, make_step, params_of
 
 RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
-_MAY_CHANGE = {"objective.loss_chunk", "model.remat", "model.scan"}
+_MAY_CHANGE = {
+    "objective.loss_chunk", "model.remat", "model.scan", "optimizer.learning_rate", "optimizer.clip",
+}  # fmt: skip
 
 
 class TrainingError(VL2Error):
@@ -45,13 +48,19 @@ class TrainingError(VL2Error):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A model that is being trained, and where it stands; complete at its last step, or where its data has ended."""
+    """A model that is being trained, and where it stands.
+
+    Attributes:
+      is_complete: it is at its last step, or its data has ended.
+      stopped_by: number of the signal that stopped it before, or 0.
+    """
 
     model: VL2Model
     processor: Processor
     recipe: Recipe
     state: TrainState
     is_complete: bool = False
+    stopped_by: int = 0
 
     @property
     def params(self) -> Params:
@@ -81,13 +90,16 @@ def train(
 
 
 def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int | None) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep_recipe(folder, recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be the folder of a run ({error.strerror}); choose another --out.") from None
     state, saved = run.state, -1
     mesh = run.model.layout.mesh if isinstance(run.model.layout, MeshLayout) else None
     share = (0, 1) if mesh is None else share_of_process(mesh)
     stream = iter(batches(recipe.data, run.processor, *share))
     checkpoints = Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell, share)
+    _keep_recipe(folder, recipe, tell, is_begun=bool(checkpoints.steps()))
     found = checkpoints.restore(_changing(recipe, state))
     if found is not None:
         restored, position = found
@@ -110,9 +122,6 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
                 tell(f"the data ended after {step} steps")
                 is_complete = True
                 log.left_out(stream.reports)
-                if unchecked is not None and not evaluation.is_due(step, is_last=False):
-                    _check(unchecked, step)
-                    evaluation(step, state, tell)
                 break
             profile.before(step)
             state, metrics = update(state, place(batch))
@@ -126,7 +135,7 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
                 _check(metrics, step, state)
                 checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
                 saved = step
-            if evaluation.is_due(step, is_complete):
+            if evaluation.is_due(step) and not is_complete:
                 _check(metrics, step)
                 evaluation(step, state, tell)
     _check(unchecked, step, state)
@@ -135,9 +144,11 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
     if saved != step:
         checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
     checkpoints.wait()
-    if step < last and interruption.came:
+    if is_complete and unchecked is not None:  # after the state is saved, whatever may happen to the answers
+        evaluation(step, state, tell)
+    if not is_complete and interruption.came:
         tell(f"interrupted; step {step} is saved, and the same command goes on from there")
-    return dataclasses.replace(run, state=state, is_complete=is_complete)
+    return dataclasses.replace(run, state=state, is_complete=is_complete, stopped_by=int(interruption.came))
 
 
 def _changing(recipe: Recipe, state: TrainState) -> TrainState:
@@ -228,13 +239,13 @@ class _Profile:
 
 
 class _Interruption:
-    """SIGTERM (preemption) and Ctrl-C end the loop after the update that is under way.
+    """SIGTERM (preemption) and Ctrl-C end the loop after the update that is under way; a second one ends it at once.
 
     Of many processes each gets its signal at another moment: jax's runtime agrees on the step at which all stop.
     """
 
     def __enter__(self) -> _Interruption:
-        self.came = False
+        self.came = 0  # number of the signal
         self._many = jax.process_count() > 1
         self._old: dict[signal.Signals, Any] = {}
         for kind in () if self._many else (signal.SIGTERM, signal.SIGINT):
@@ -246,15 +257,17 @@ class _Interruption:
 
     def has_come(self, step: int) -> bool:
         if self._many:
-            self.came = multihost_utils.reached_preemption_sync_point(step)
-        return self.came
+            self.came = signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        return bool(self.came)
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._old.items():
             signal.signal(kind, handler)
 
-    def _note(self, *_: object) -> None:
-        self.came = True
+    def _note(self, number: int, _: object) -> None:
+        self.came = number
+        os.write(2, b"stopping after this step; the same signal again stops at once\n")
+        signal.signal(number, self._old[signal.Signals(number)])
 
 
 def _next_batches(stream: Any, recipe: Recipe) -> PackedBatch | None:
@@ -276,15 +289,15 @@ def _check(metrics: Metrics | None, step: int, state: TrainState | None = None) 
     if what:
         raise TrainingError(
             f"{what} of step {step} are not numbers; nothing was saved since. Lower optimizer.learning_rate or look at "
-            "the data, then run the same command: it goes on from the last good checkpoint."
+            "the data, then run the command again: it goes on from the last good checkpoint."
         )
 
 
-def _keep_recipe(folder: Path, recipe: Recipe) -> None:
+def _keep_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None], is_begun: bool) -> None:
     """Writes the recipe down; a run goes on with the one it was begun with, but for its length and its habits."""
     path = folder / RECIPE_FILE
     new = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if path.is_file():
+    if is_begun and path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
         tables = [table for table in new if table != "loop"]
         changed = {f"{t}.{key}" for t in tables for key in new[t] if old.get(t, {}).get(key) != new[t][key]}
@@ -293,6 +306,8 @@ def _keep_recipe(folder: Path, recipe: Recipe) -> None:
                 f"{folder} holds a run with another recipe ({', '.join(sorted(changed - _MAY_CHANGE))}); "
                 "choose another --out, or the old values."
             )
+        if changed:
+            tell(f"going on with other values of {', '.join(sorted(changed))}")
     if jax.process_index() == 0:
         written = path.with_suffix(".new")
         written.write_text(json.dumps(new, indent=2), encoding="utf-8")

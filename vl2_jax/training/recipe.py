@@ -164,6 +164,8 @@ class OptimizerRecipe:
             "optimizer", self, learning_rate=0, warmup=0, final_share=0, decay_share=0, epsilon=0, weight_decay=0,
             clip=0, vision_multiplier=0, accumulate=1,
         )  # fmt: skip
+        if not self.clip:
+            raise ConfigError("optimizer.clip is 0, which leaves no gradient; a large number clips none.")
         if self.state_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"optimizer.state_dtype is {self.state_dtype!r}; expected float32 or bfloat16.")
 
@@ -184,6 +186,8 @@ class LoraRecipe:
 
     def __post_init__(self) -> None:
         _check("lora", self, rank=0)
+        if self.rank and not self.targets:
+            raise ConfigError("lora.targets is empty, which leaves nothing to train.")
 
 
 @dataclass(frozen=True)
@@ -303,7 +307,7 @@ def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
 
 def _lay_over(data: dict[str, Any], change: str) -> None:
     path, separator, text = change.partition("=")
-    if not separator:
+    if not separator or not path.strip():
         raise ConfigError(f"--set {change!r}: expected table.key=value, such as optimizer.learning_rate=1e-4.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]

@@ -23,6 +23,7 @@ from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
 from convert.weight_map import flatten, unflatten
 from vl2_jax.config import VL2Config
+from vl2_jax.errors import ConfigError
 from vl2_jax.inference.generate import matmul_precision
 from vl2_jax.model.layers import Layout
 from vl2_jax.model.vl2 import Params, VL2Model
@@ -110,6 +111,8 @@ def _parts(recipe: Recipe, params: Mapping[str, Any]) -> tuple[dict[str, Any], d
         return dict(abstract_adapters(recipe.lora, params)), dict(params)
     check_patterns(params, recipe.optimizer.frozen)
     trained = {path: leaf for path, leaf in params.items() if is_trained(path, recipe.optimizer.frozen)}
+    if not trained:
+        raise ConfigError(f"optimizer.frozen is {list(recipe.optimizer.frozen)}, which leaves nothing to train.")
     return trained, {path: leaf for path, leaf in params.items() if path not in trained}
 
 
