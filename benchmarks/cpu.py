@@ -156,7 +156,8 @@ def our_training(config: VL2Config, params: Params) -> Party:
     from vl2_jax.training.step import init_state, make_step
 
     optimizer = OptimizerRecipe(learning_rate=1e-5, frozen=("vision/*", "projector/*"))
-    recipe = Recipe(objective=ObjectiveRecipe(balance_loss=0.0), optimizer=optimizer)
+    objective = ObjectiveRecipe(balance_loss=0.0, loss_chunk=ROWS * ROW)  # all logits at once, as the peers
+    recipe = Recipe(objective=objective, optimizer=optimizer)
     ids = training_ids()[None]
     ones, places = np.ones_like(ids), np.broadcast_to(np.arange(ROW, dtype=np.int32), ids.shape)
     no_tiles = np.zeros((1, 0, VISION["image_size"], VISION["image_size"], 3), np.uint8)

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from convert.checkpoint import listing, replace_directory, unfinished_directory
+from convert.safetensors_files import scan
 from convert.weight_map import Leaf
 from vl2_jax.errors import CheckpointError
 from vl2_jax.files import path_of
@@ -105,10 +105,10 @@ def read_adapters(source: str | Path, leaves: Iterable[Leaf]) -> Adapters:
     """
     directory = path_of(source)
     config = _read_config(directory / CONFIG_FILE)
-    try:
-        tensors = load((directory / WEIGHTS_FILE).read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{directory / WEIGHTS_FILE} cannot be read ({error}).") from None
+    entries, damages = scan(directory)
+    if damages or not entries:
+        raise CheckpointError(f"{directory / WEIGHTS_FILE} cannot be read ({(damages or ['it is missing'])[0]}).")
+    tensors = {name: entry.read() for name, entry in entries.items()}
     rank, pairs, problems = int(config["r"]), {}, []
     for leaf in leaves:
         modules = [f"{_PREFIX}{key.removesuffix(_WEIGHT)}" for key in leaf.keys]

@@ -1,7 +1,9 @@
 """Packing: what a document costs in a packed row is what it costs alone, and a stream goes on where it stopped."""
 
+import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -127,6 +129,18 @@ def test_every_tile_that_is_shown_counts_once():
     stored = [len(e.tiles) for e in encoded]
     assert 1 in stored
     assert int(shown_tiles(processor.config.token_grid**2, batch)) == sum(stored)
+
+
+def test_logits_of_a_chunk_are_the_most_that_is_held():
+    vl2 = vl2_jax.load(GOLDENS / "nano-small", dtype="float32")
+    language = vl2.config.language_config
+    hidden, labels = np.zeros((8, 96, language.hidden_size), np.float32), np.zeros((8, 96), np.int32)
+    traced = jax.make_jaxpr(
+        jax.value_and_grad(lambda hidden: next_token_loss(vl2.model, vl2.params, hidden, labels, chunk=64))
+    )(hidden)
+    held = re.findall(rf"f32\[([\d,]+),{language.vocab_size}\]", str(traced))
+    held = {shape for shape in held if shape != str(language.hidden_size)}  # the vocabulary's weights
+    assert held == {"8,8"}
 
 
 def test_chunks_of_the_vocabulary_loss_add_up(data_file):
@@ -260,6 +274,36 @@ def test_mixtures_draw_by_weight(recipe, tmp_path):
     often, seldom = text.count("often"), text.count("seldom")
     assert often + seldom > 100
     assert abs(often / (often + seldom) - 0.75) < 0.03
+
+
+def test_every_host_sees_the_whole_mixture_and_epochs_every_record(recipe, tmp_path):
+    for name, records in (("large", 60), ("small", 4)):
+        rows = [json.dumps({"question": "?", "answer": f"{name} {n}."}) for n in range(records)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sources = "data.sources=[" + ", ".join(f"{{path='{tmp_path}/{name}.jsonl'}}" for name in ("large", "small")) + "]"
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+
+    def texts(shares, *changes):
+        described = recipe(sources, "data.rows=4", *changes).data
+        for share in range(shares):
+            stream = batches(described, processor, share, shares)
+            yield "".join(processor.tokenizer.decode(b.input_ids.ravel()) for b in itertools.islice(stream, 4))
+
+    for text in texts(2):
+        assert abs(text.count("large") / (text.count("large") + text.count("small")) - 0.5) < 0.05
+    for shares in (1, 2):
+        text = "".join(texts(shares, "data.epochs=1"))
+        assert (text.count("large"), text.count("small")) == (60, 4)
+
+
+def test_questions_are_learned_only_where_asked_for(recipe):
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+    text = processor.tokenizer.decode
+    alone, both = (next(iter(batches(recipe(f"data.learn_prompts={to}").data, processor))) for to in ("false", "true"))
+    learned, too = (text(batch.labels[batch.labels != IGNORED]) for batch in (alone, both))
+    assert "a tower" in learned
+    assert "What is it?" not in learned
+    assert "What is it?" in too
 
 
 def test_scenes_are_a_source_like_any_other(recipe):

@@ -1,5 +1,6 @@
 """The look at a model in training, and what is counted of its arithmetic."""
 
+import dataclasses
 import json
 
 import jax
@@ -17,6 +18,7 @@ from vl2_jax.training.flops import costs_of, training_costs
 from vl2_jax.training.formats import to_conversation
 from vl2_jax.training.loop import train
 from vl2_jax.training.objective import losses
+from vl2_jax.training.packing import pack
 from vl2_jax.training.recipe import build_recipe
 
 
@@ -36,7 +38,8 @@ def test_a_run_is_evaluated_and_asked(recipe, data_file, tmp_path):
     assert rows[1]["loss"] < rows[0]["loss"]
 
     # The loss is that of all conversations, a row each, wherever the row's padding is.
-    vl2 = vl2_jax.VL2(run.model.config, run.params, run.processor, "float32")
+    processor = run.processor.replace(config=dataclasses.replace(run.processor.config, mask_prompt=True))
+    vl2 = vl2_jax.VL2(run.model.config, run.params, processor, "float32")
     lines = data_file.read_text().splitlines()
     conversations = [to_conversation(json.loads(line), data_file.parent) for line in lines]
     for padding in ("left", "right"):
@@ -55,18 +58,37 @@ def test_a_run_is_evaluated_and_asked(recipe, data_file, tmp_path):
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert all(row["flops_per_second"] > 0 and row["tiles_per_second"] > 0 for row in log)
+    assert all(row["busiest_expert"] >= 1 for row in log)
+    assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_padding_has_no_part_in_the_balance_loss():
+    vl2 = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+    turns = [{"role": "user", "content": "What do you see?"}, {"role": "assistant", "content": "nothing"}]
+    one = vl2.processor.encode(turns, inference=False)
+    short, long = (
+        pack([[one]], length, 24, vl2.processor.tokenizer.pad_id, vl2.processor.config.tile_size)
+        for length in (len(one), 3 * len(one))
+    )
+    alone, padded, counted = (
+        np.asarray(jax.jit(lambda p, b=batch, c=count: losses(vl2.model, p, b, count_padding=c).balance)(vl2.params))
+        for batch, count in ((short, False), (long, False), (long, True))
+    )
+    np.testing.assert_allclose(padded, alone, rtol=1e-5)
+    assert (np.abs(counted / alone - 1) > 0.01).all()
 
 
 def test_what_cannot_be_asked_is_left_out_of_an_evaluation(recipe, tmp_path):
     path = tmp_path / "held-out.jsonl"
     good = {"question": "What do you see?", "answer": "nothing"}
-    path.write_text("\n".join(map(json.dumps, [good | {"image": "missing.png"}, good])))
-    changes = [f'evaluation.sources=[{{path="{path}"}}]', "evaluation.samples=2", "evaluation.max_tokens=2"]
+    begun = {"messages": [{"role": "assistant", "content": "I begin."}, {"role": "user", "content": "?"}]}
+    path.write_text("\n".join(map(json.dumps, [good | {"image": "missing.png"}, good, begun, good | {"question": ""}])))
+    changes = [f'evaluation.sources=[{{path="{path}"}}]', "evaluation.samples=4", "evaluation.max_tokens=2"]
     profiled = ["loop.profile_from=0", "loop.profile_steps=5"]
     told = []
     train(recipe(*changes, *profiled, "loop.steps=2"), tmp_path / "run", told.append)
     assert any("held-out.jsonl:1: " in line for line in told)
-    assert len((tmp_path / "run/samples/00000002.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "run/samples/00000002.jsonl").read_text().splitlines()) == 2
     # The same run goes on inside of the steps that are profiled, and ends there.
     train(recipe(*changes, *profiled, "loop.steps=3"), tmp_path / "run", silent)
     assert len(list((tmp_path / "run/profile").rglob("*.xplane.pb"))) == 2
@@ -91,10 +113,10 @@ def test_a_position_costs_two_operations_for_each_weight_it_visits(size, active)
 def test_what_is_frozen_costs_no_gradients():
     config = VL2Config.preset("vl2-nano")
     costs = costs_of(config)
-    language, tiles = costs.forward(8192, 4096, 0), costs.tile * 5
+    language, tiles = costs.forward(8192, 8192 * 2048, 0), costs.tile * 5
 
     def of(**tables):
-        return training_costs(config, build_recipe(tables)).of(8192, 5)
+        return training_costs(config, build_recipe(tables)).of(8192, 8192 * 2048, 5)
 
     assert of() == pytest.approx(3 * (language + tiles))
     assert of(optimizer={"frozen": ["vision/*"]}) == pytest.approx(3 * language + tiles)

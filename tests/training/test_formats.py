@@ -40,6 +40,13 @@ def test_every_known_form_gives_the_same_conversation(record):
     assert to_conversation(record, IMAGES) == EXPECTED
 
 
+def test_a_system_text_beside_the_turns_comes_first():
+    system, *rest = to_conversation({"system": "Be short.", "conversations": HUMAN, "image": "square.png"}, IMAGES)
+    assert system == {"role": "system", "content": "Be short.", "images": []}
+    assert rest == EXPECTED
+    assert to_conversation({"images": None, "image": "square.png", "conversations": HUMAN}, IMAGES) == EXPECTED
+
+
 def test_a_data_url_is_the_picture_itself():
     content = (IMAGES / "square.png").read_bytes()
     url = "data:image/png;base64," + base64.b64encode(content).decode()
@@ -66,6 +73,7 @@ def test_boxes_of_objects_become_tags_in_the_models_coordinates():
     ("record", "message"),
     [
         ({"text": "x"}, "is not understood"),
+        ({"videos": ["a.mp4"], "messages": USER}, "has videos, which the model cannot take"),
         ([1], "must be a JSON object"),
         ({"messages": ["hello"]}, "a message must be an object"),
         ({"messages": [{"role": "user", "content": 3}]}, "must be text or parts"),

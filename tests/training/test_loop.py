@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from vl2_jax.training.export import export_run
 from vl2_jax.training.loop import TrainingError, train
 from vl2_jax.training.optimizer import is_trained, optimizer_of, schedule_of
 from vl2_jax.training.recipe import OptimizerRecipe, read_recipe
-from vl2_jax.training.step import balanced, init_state, make_step
+from vl2_jax.training.step import all_finite, balanced, init_state, make_step
 
 PICTURE_QUESTION = [
     {"role": "user", "content": "<image>\nAnd this?", "images": [GOLDENS / "images" / "tall.png"]},
@@ -168,12 +167,18 @@ def test_a_run_is_complete_where_its_data_ends(recipe, data_file, tmp_path):
     assert not train(recipe(), tmp_path / "other", silent, until=1).is_complete
 
 
-def test_what_is_not_a_number_ends_the_run_and_is_not_saved(recipe, tmp_path):
-    described = recipe("optimizer.learning_rate=1e38", "optimizer.clip=1e38", "optimizer.schedule=constant")
-    with pytest.raises(TrainingError, match="are not numbers") as raised:
+@pytest.mark.parametrize(
+    ("vision", "what", "last_saved"), [(1.0, "the loss or the gradients", 2), (10.0, "the parameters", 1)]
+)
+def test_what_is_not_a_number_ends_the_run_and_is_not_saved(recipe, tmp_path, vision, what, last_saved):
+    changes = ("optimizer.learning_rate=1e38", "optimizer.clip=1e38", "optimizer.schedule=constant")
+    described = recipe(*changes, f"optimizer.vision_multiplier={vision}", "loop.checkpoint_every=1", "loop.keep=8")
+    with pytest.raises(TrainingError, match=rf"{what} .*of step {last_saved + 1} are not numbers"):
         train(described, tmp_path / "run", silent)
-    failed = int(re.search(r"of step (\d+) are not", str(raised.value)).group(1))
-    assert all(int(checkpoint.name) < failed for checkpoint in (tmp_path / "run").glob("checkpoints/*"))
+    saved = Checkpoints(tmp_path / "run" / "checkpoints", 8, silent)
+    assert saved.steps() == list(range(1, last_saved + 1))
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
 
 
 def test_a_step_that_is_not_a_number_changes_nothing(recipe):
@@ -185,6 +190,7 @@ def test_a_step_that_is_not_a_number_changes_nothing(recipe):
     before = jax.tree.map(np.array, state)
     after, metrics = make_step(vl2.model, described)(state, jax.tree.map(lambda a: a[None], batch))
     assert not metrics.is_finite
+    assert not all_finite(after)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
 
 
@@ -294,6 +300,29 @@ def test_muon_makes_updates_of_hidden_matrices_orthogonal_each_expert_by_itself(
     )
     with pytest.raises(ConfigError, match="'sgd'; expected adamw or muon"):
         optimizer_of(OptimizerRecipe(kind="sgd"), 10)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("params", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_moments_are_kept_as_asked_and_computed_in_float32(kind, params, state):
+    recipe = OptimizerRecipe(kind=kind, state_dtype=state)
+    optimizer = optimizer_of(recipe, 10)
+    leaves = {
+        "language/layers_0/mlp/up_proj/kernel": jnp.ones((4, 4), params),
+        "language/norm/scale": jnp.ones(4, params),
+    }
+    gradients = jax.tree.map(lambda a: jnp.full(a.shape, 3e-3), leaves)
+    states = optimizer.init(leaves)
+    for _ in range(3):
+        updates, states = optimizer.update(gradients, states, leaves)
+    moments = [a for a in jax.tree.leaves(states) if jnp.shape(a) in ((4, 4), (4,)) and a.dtype != jnp.int32]
+    assert {str(a.dtype) for a in moments} == {state}
+    wanted, exact = optimizer_of(OptimizerRecipe(kind=kind), 10), jax.tree.map(lambda a: a.astype(jnp.float32), leaves)
+    states = wanted.init(exact)
+    for _ in range(3):
+        right, states = wanted.update(gradients, states, exact)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02), updates, right)
 
 
 def test_frozen_patterns_and_correction_biases_are_not_trained(recipe, tmp_path):

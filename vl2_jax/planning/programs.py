@@ -5,7 +5,6 @@ B sequences, S cache slots, C positions of a prefill chunk.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,10 +115,10 @@ def _train(config: VL2Config, layout: MeshLayout, batch: int, context: int, reci
     kinds = weight_kinds(flat)
     kinds["optimiser states"] = _bytes(jax.tree.leaves(state.optimizer))
     kinds["batch"] = _bytes(jax.tree.leaves(packed))
-    in_rows = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, sequence_length=context))
     positions, tiles = pieces * batch * context, pieces * tiles
-    needed = training_costs(config, in_rows).of(positions, tiles) / layout.devices
-    again = costs_of(config).forward(positions, context, tiles) / layout.devices if recipe.model.remat else 0.0
+    work = positions, positions * context / 2, tiles  # a document fills its row
+    needed = training_costs(config, recipe).of(*work) / layout.devices
+    again = costs_of(config).forward(*work) / layout.devices if recipe.model.remat else 0.0
     moved = 4 * sum(kinds.values())
     step: Any = make_step(model, recipe, state)
     return Program(lambda: step.lower(state, packed), kinds, needed + again, moved, needed)

@@ -53,6 +53,12 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._failure: Exception | None = None
 
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()  # what is being written is finished, whatever ends the run
+
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
         if not self.folder.is_dir():

@@ -177,12 +177,9 @@ def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: in
     if not recipe.sources:
         raise ConfigError("data.sources is empty; give at least one {path = ...} or {scenes = seed}.")
     part = dataclasses.replace(recipe, rows=recipe.rows // shares, tiles=recipe.tiles // shares)
-    encoder = Encoder(processor, part.sequence_length, part.tiles)
-    parts = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
-    mixed = parts[0]
-    if len(parts) > 1:
-        mixed = grain.MapDataset.mix(parts, weights=[source.weight for source in recipe.sources])
-    samples = mixed[share::shares].map(encoder)
+    config = dataclasses.replace(processor.config, mask_prompt=not recipe.learn_prompts)
+    encoder = Encoder(processor.replace(config=config), part.sequence_length, part.tiles)
+    samples = _mixed(recipe, share, shares).map(encoder)
     if recipe.workers:
         flags.FLAGS.mark_as_parsed()  # Grain's processes read absl's flags, which nobody parses here
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
@@ -215,8 +212,8 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
         try:
             messages = _messages_of(record)
             end = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
-            if end is not None:
-                processor.encode(messages[: end + 1], inference=False)
+            if end:  # there is one, and something before it
+                processor.encode([*messages[:end], {"role": "assistant", "content": ""}])  # it can be asked
                 found.append((messages[:end], messages[end]["content"]))
         except _BAD:
             continue
@@ -235,6 +232,18 @@ def _messages_of(record: dict[str, Any]) -> Conversation:
     content = record["record"]
     content = json.loads(content) if isinstance(content, bytes) else content
     return to_conversation(content, record["folder"])
+
+
+def _mixed(recipe: DataRecipe, share: int, shares: int) -> grain.MapDataset:
+    """One host's share of all sources.
+
+    Sources are shared out before they are mixed: a mixture repeats itself, and a host could see one source alone.
+    """
+    parts = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
+    if recipe.epochs is not None and all(source.path for source in recipe.sources):
+        return grain.MapDataset.concatenate(parts).shuffle(seed=recipe.seed)[share::shares]
+    mine = [part[share::shares] for part in parts]
+    return mine[0] if len(mine) == 1 else grain.MapDataset.mix(mine, weights=[s.weight for s in recipe.sources])
 
 
 def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.MapDataset:

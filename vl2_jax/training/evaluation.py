@@ -120,7 +120,7 @@ class Evaluation:
         for number, ((messages, expected), answer) in enumerate(zip(self._questions, answers, strict=True)):
             question = messages[-1]["content"]
             lines.append({"question": question, "expected": expected, "answer": answer.text})
-            tell(f"  {question.strip().splitlines()[-1]}  ->  {answer.text}   (right: {expected})")
+            tell(f"  {' '.join(question.split())}  ->  {answer.text}   (right: {expected})")
             pictures = [picture for message in messages for picture in message.get("images", ())]
             if pictures:
                 drawn = draw_boxes(load_image(pictures[-1]), answer.boxes)

@@ -3,7 +3,8 @@
     MFU = operations that the model needs for the positions and tiles of a step / (seconds * peak of all chips)
 
 As in PaLM (arXiv 2204.02311, appendix B): multiplications and additions of matrix products and attention, forward once
-and backward twice; what is computed again to save memory does not count. A causal position attends to half of a row.
+and backward twice; what is computed again to save memory does not count. A position attends to those before it in its
+document, and to itself.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Costs:
     attended: float  # a position, for each position that it attends to
     tile: float
 
-    def forward(self, positions: float, row: int, tiles: float) -> float:
-        """Operations for `positions` in rows of `row`, and `tiles`."""
-        return positions * (self.position + self.attended * row / 2) + tiles * self.tile
+    def forward(self, positions: float, attended: float, tiles: float) -> float:
+        """Operations for `positions`, which attend to `attended` positions in sum, and `tiles`."""
+        return positions * self.position + attended * self.attended + tiles * self.tile
 
 
 def costs_of(config: VL2Config) -> Costs:
@@ -59,13 +60,15 @@ def costs_of(config: VL2Config) -> Costs:
 
 @dataclass(frozen=True)
 class TrainingCosts:
-    """Operations of an update for each position of the text and each tile."""
+    """Operations of an update: those of one forward pass, and how often each part takes them."""
 
-    position: float
-    tile: float
+    forward: Costs
+    passes: int  # of the language model
+    tile_passes: int
 
-    def of(self, positions: float, tiles: float) -> float:
-        return self.position * positions + self.tile * tiles
+    def of(self, positions: float, attended: float, tiles: float) -> float:
+        """See `Costs.forward`."""
+        return self.passes * self.forward.forward(positions, attended, 0) + self.tile_passes * self.forward.tile * tiles
 
 
 def training_costs(config: VL2Config, recipe: Recipe) -> TrainingCosts:
@@ -73,7 +76,6 @@ def training_costs(config: VL2Config, recipe: Recipe) -> TrainingCosts:
 
     A part in which nothing is trained has no gradients of weights; the vision tower then has no gradients at all.
     """
-    costs, row = costs_of(config), recipe.data.sequence_length
     paths = list(flatten(abstract_params(config)))
     if recipe.lora.rank:
         trained = adapted_paths(recipe.lora, paths)
@@ -82,4 +84,4 @@ def training_costs(config: VL2Config, recipe: Recipe) -> TrainingCosts:
     in_language, in_vision = (any(path.startswith(part) for path in trained) for part in ("language/", "vision/"))
     passes = 3 if in_language and not recipe.lora.rank else 2
     tile_passes = 1 if not in_vision else 2 if recipe.lora.rank else 3
-    return TrainingCosts(passes * costs.forward(1, row, 0), tile_passes * costs.tile)
+    return TrainingCosts(costs_of(config), passes, tile_passes)

@@ -35,8 +35,13 @@ def to_conversation(record: Mapping[str, Any], folder: Path) -> list[dict[str, A
     """
     if not isinstance(record, Mapping):
         raise ConversationError(f"a record must be a JSON object, got {type(record).__name__}.")
-    pictures = [_picture(item, folder) for item in _listed(record.get("images", record.get("image")))]
+    unknown = [key for key in ("videos", "video", "audios", "audio") if record.get(key)]
+    if unknown:
+        raise ConversationError(f"a record has {unknown[0]}, which the model cannot take.")
+    pictures = [_picture(item, folder) for item in _listed(record.get("images") or record.get("image"))]
     messages = [_message(message, pictures, folder) for message in _turns(record)]
+    if record.get("system"):
+        messages.insert(0, {"role": "system", "content": str(record["system"]), "images": []})
     _place_objects(messages, record.get("objects"), pictures)
     return _with_images(messages, pictures)
 

@@ -6,6 +6,7 @@ Metrics are read every few steps, all at once, so that the device never waits fo
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,9 +69,10 @@ class Log:
         row |= {name: float(np.mean([getattr(metrics, name) for metrics in held])) for name in _MEANS}
         row["busiest_expert"] = float(np.max([metrics.busiest_expert for metrics in held]))
         row["learning_rate"] = float(self._rate(step - 1))
-        positions, tiles = (float(np.mean([getattr(m, name) for m in held])) for name in ("positions", "tiles"))
+        counts = ("positions", "attended", "tiles")
+        positions, attended, tiles = (float(np.mean([getattr(m, name) for m in held])) for name in counts)
         row |= {"tokens_per_second": positions / seconds, "tiles_per_second": tiles / seconds}
-        row["flops_per_second"] = self._flops(positions, tiles) / seconds
+        row["flops_per_second"] = self._flops(positions, attended, tiles) / seconds
         if self._peak is not None:
             row["mfu"] = row["flops_per_second"] / self._peak
         row |= {"seconds_per_step": seconds, "skipped_samples": skipped}
@@ -107,7 +109,8 @@ class Log:
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+        numbers = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        stream.write(json.dumps(numbers) + "\n")  # JSON has no NaN
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
 from vl2_jax.sharding.processes import most_of_all
 from vl2_jax.training.checkpoints import Checkpoints
-from vl2_jax.training.data import batches
+from vl2_jax.training.data import batches, empty_batch
 from vl2_jax.training.evaluation import Evaluation
 from vl2_jax.training.log import Log
 from vl2_jax.training.packing import PackedBatch
@@ -39,6 +40,7 @@ from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, 
 RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
 _MAY_CHANGE = {
     "objective.loss_chunk", "model.remat", "model.scan", "optimizer.learning_rate", "optimizer.clip",
+    "data.on_bad_sample",
 }  # fmt: skip
 
 
@@ -109,15 +111,16 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
         tell(f"going on from step {saved}")
     update = make_step(run.model, recipe, None if mesh is None else state)
     place = (lambda batch: batch) if mesh is None else (lambda batch: spread(batch, mesh, *share))
+    nothing = partial(empty_batch, recipe.data, run.processor, share[1])
     devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
     log = Log(folder, recipe, tell, run.model.config, devices)
     evaluation = Evaluation(recipe, run.model, run.processor, folder, share, place, log)
     step, last = int(state.step), min(recipe.loop.steps, until or recipe.loop.steps)
     unchecked: Metrics | None = None
     is_complete = step >= recipe.loop.steps
-    with _Interruption() as interruption, _Profile(folder / "profile", recipe.loop) as profile:
+    with _Interruption() as interruption, _Profile(folder / "profile", recipe.loop) as profile, checkpoints:
         while step < last and not interruption.has_come(step):
-            batch = _next_batches(stream, recipe)
+            batch = _next_batches(stream, recipe, nothing)
             if batch is None:
                 tell(f"the data ended after {step} steps")
                 is_complete = True
@@ -270,12 +273,15 @@ class _Interruption:
         signal.signal(number, self._old[signal.Signals(number)])
 
 
-def _next_batches(stream: Any, recipe: Recipe) -> PackedBatch | None:
-    """The batches of an update stacked along a new first axis, or None where the data of any process ends."""
+def _next_batches(stream: Any, recipe: Recipe, nothing: Callable[[], PackedBatch]) -> PackedBatch | None:
+    """The batches of an update stacked along a new first axis, or None where the data of all processes has ended.
+
+    A process whose share ends before goes on with `nothing`, and so does an update for which too few are left.
+    """
     parts = list(itertools.islice(stream, recipe.optimizer.accumulate))
-    is_short = len(parts) < recipe.optimizer.accumulate
-    if most_of_all(is_short) if recipe.data.epochs is not None else is_short:
+    if recipe.data.epochs is not None and not most_of_all(len(parts)):
         return None
+    parts += [nothing()] * (recipe.optimizer.accumulate - len(parts))
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 
@@ -299,7 +305,7 @@ def _keep_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None], is_b
     new = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if is_begun and path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
-        tables = [table for table in new if table != "loop"]
+        tables = [table for table in new if table not in ("loop", "evaluation")]
         changed = {f"{t}.{key}" for t in tables for key in new[t] if old.get(t, {}).get(key) != new[t][key]}
         if changed - _MAY_CHANGE:
             raise ConfigError(

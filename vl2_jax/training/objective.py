@@ -46,27 +46,27 @@ def next_token_loss(
 ) -> Float[Array, ""]:
     """Sum of the cross-entropies of each position's prediction against the next position's label, where there is one.
 
-    Logits are made for `chunk` positions at a time and made again in the backward pass: those of a 4096-token sequence
-    would take 1.7 GB in float32 at 102,400 words. On a mesh each device does so with its own sequences, and the
-    vocabulary's weights and their gradients travel once, not with every chunk.
+    Logits are made for `chunk` positions at a time, over all rows of a device, and made again in the backward pass:
+    those of a 4096-token sequence would take 1.7 GB in float32 at 102,400 words. On a mesh each device does so with its
+    own sequences, and the vocabulary's weights and their gradients travel once, not with every chunk.
     """
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
-    length = targets.shape[1]
-    pieces = -(-length // chunk)
-    size = -(-length // pieces)
-    more = ((0, 0), (0, pieces * size - length))
-    targets = jnp.pad(targets, more, constant_values=IGNORED)
-    hidden = jnp.pad(hidden, (*more, (0, 0)))
     layer = vocabulary_layer(model.config.language_config, model.dtype, model.param_dtype, parent=None)
     head = {"params": params["language"]["lm_head"]}
     if adapters is not None and "lm_head" in adapters.get("language", {}):
         head[ADAPTERS] = adapters["language"]["lm_head"]
 
     def of_rows(head: Any, hidden: Array, targets: Array) -> Float[Array, ""]:
+        rows, length = targets.shape
+        pieces = min(length, -(-rows * length // chunk))
+        size = -(-length // pieces)
+        more = ((0, 0), (0, pieces * size - length))
+        targets, hidden = jnp.pad(targets, more, constant_values=IGNORED), jnp.pad(hidden, (*more, (0, 0)))
+
         @jax.checkpoint
         def piece(begin: Array) -> Float[Array, ""]:
-            rows, wanted = (jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1) for a in (hidden, targets))
-            logits: Any = layer.apply(head, rows)
+            inputs, wanted = (jax.lax.dynamic_slice_in_dim(a, begin, size, axis=1) for a in (hidden, targets))
+            logits: Any = layer.apply(head, inputs)
             return token_losses(logits.astype(jnp.float32), wanted).sum()
 
         if pieces == 1:
@@ -99,7 +99,7 @@ def losses(
     Args:
       count_padding: let padding count in the balance loss, and predict the first token of a row padded on the left, as
         in the released code.
-      chunk: positions whose logits are held at a time.
+      chunk: positions, over all rows of a device, whose logits are held at a time.
       balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
       targets: what the sum of cross-entropies is divided by; `None` is the number of targets in this batch.
       adapters: see `vl2.apply`.

@@ -78,7 +78,7 @@ def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransform
     def in_vision(params: Flat) -> dict[str, bool]:
         return {path: path.startswith("vision/") for path in params}
 
-    adam = optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon, mu_dtype=jnp.dtype(recipe.state_dtype))
+    adam = _kept_as(jnp.dtype(recipe.state_dtype), optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.epsilon))
     return optax.chain(
         optax.clip_by_global_norm(recipe.clip),
         adam if recipe.kind == "adamw" else optax.partition({"muon": _muon(recipe), "adam": adam}, _rules_of),
@@ -86,6 +86,19 @@ def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransform
         optax.masked(optax.scale(recipe.vision_multiplier), in_vision),
         optax.scale_by_learning_rate(schedule_of(recipe, steps)),
     )
+
+
+def _kept_as(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, whose moments are kept in `dtype` and computed with in float32."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(to) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
+
+    def update(updates: Flat, state: Any, params: Flat | None = None) -> tuple[Any, Any]:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(inner.init(params), dtype), update)
 
 
 def _rules_of(params: Flat) -> dict[str, str]:

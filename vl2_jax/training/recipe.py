@@ -90,9 +90,11 @@ class DataRecipe:
       rows: packed rows a step, over all devices.
       tiles: most tiles a step, over all devices.
       seed: of the order.
-      epochs: passes over finite sources; `None` goes on.
+      epochs: passes over files, in which each record comes as often, whatever the weights; `None` goes on. Scenes have
+        no end: beside them the first file to end, drawn by weight, ends the data.
       workers: processes that read and cut pictures.
       on_bad_sample: "skip" counts and reports it, "raise" ends the run.
+      learn_prompts: questions are targets too, and not answers alone.
     """
 
     sources: tuple[SourceRecipe, ...] = ()
@@ -103,6 +105,7 @@ class DataRecipe:
     epochs: int | None = None
     workers: int = 1
     on_bad_sample: str = "skip"
+    learn_prompts: bool = False
 
     def __post_init__(self) -> None:
         _check("data", self, sequence_length=2, rows=1, tiles=0, seed=0, epochs=1, workers=0)
@@ -114,9 +117,9 @@ class ObjectiveRecipe:
 
     Attributes:
       balance_loss: weight of the routers' balance loss; `None` takes the model's `aux_loss_alpha`.
-      bias_step: step of the correction bias of `noaux_tc` routers (SPEC 8.2), 0 leaves it.
+      bias_step: step of the correction bias of `noaux_tc` routers (SPEC 8.2), 0 leaves it; adapters leave it too.
       count_padding: let padding count in the balance loss, as the released code does.
-      loss_chunk: positions whose logits are held at a time.
+      loss_chunk: positions of a device, over all of its rows, whose logits are held at a time.
     """
 
     balance_loss: float | None = None

@@ -55,6 +55,7 @@ class Metrics(NamedTuple):
     gradient_norm: Float[Array, ""]
     targets: Int[Array, ""]  # positions with a label
     positions: Int[Array, ""]  # positions that are not padding
+    attended: Float[Array, ""]  # positions that each of these attends to, in sum
     tiles: Int[Array, ""]  # tiles that are not padding
     busiest_expert: Float[Array, ""]  # load / mean load, the largest of all layers
     is_finite: Bool[Array, ""]  # loss and gradients; if not, nothing was changed
@@ -178,7 +179,8 @@ def make_step(
         def advanced() -> TrainState:
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
             trained: Any = optax.apply_updates(state.trained, updates)
-            kept = balanced(state.kept, load, objective.bias_step)
+            bias_step = 0.0 if recipe.lora.rank else objective.bias_step  # adapters on their own could not hold it
+            kept = balanced(state.kept, load, bias_step)
             return TrainState(state.step + 1, trained, kept, optimizer_state)
 
         # A branch rather than a choice between two states: each would be written, 5 times the time on a CPU.
@@ -190,6 +192,7 @@ def make_step(
             gradient_norm=norm,
             targets=targets,
             positions=(batches.segments > 0).sum(),
+            attended=jnp.where(batches.segments > 0, batches.positions + 1.0, 0.0).sum(),
             tiles=jax.vmap(partial(shown_tiles, model.config.tokens_per_tile))(batches).sum(),
             busiest_expert=(load.max(axis=-1) / mean).max(),
             is_finite=is_finite,
