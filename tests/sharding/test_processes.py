@@ -104,6 +104,40 @@ def test_two_processes_train_stop_together_and_go_on(tmp_path):
     assert load(tmp_path / "model").config == load("vl2-nano").config
 
 
+@pytest.mark.slow
+def test_two_processes_end_together_where_their_data_does(tmp_path):
+    """Nine records fill two batches of one process and one of the other; the only one held out is nobody else's."""
+    rows = [json.dumps({"question": f"What is in picture {n}?", "answer": "A blue square."}) for n in range(9)]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "held-out.jsonl").write_text(rows[0])
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+        model = {{ path = "vl2-nano", scan = true }}
+        loop = {{ steps = 60, log_every = 1, checkpoint_every = 0 }}
+        evaluation = {{ sources = [{{ path = "{tmp_path}/held-out.jsonl" }}], samples = 1, max_tokens = 4 }}
+        [data]
+        sources = [{{ path = "{tmp_path}/train.jsonl" }}]
+        sequence_length = 32
+        rows = 8
+        tiles = 8
+        workers = 0
+        epochs = 1
+        """
+    )
+    command = [
+        "train",
+        str(tmp_path / "recipe.toml"),
+        "--mesh",
+        "data=2,fsdp=2,expert=2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    outputs = [(process.communicate(timeout=400)[1], process.returncode) for process in start_both(command, [], [])]
+    assert [code for _, code in outputs] == [0, 0], outputs
+    assert "the data ended after 2 steps" in outputs[0][0]
+    assert "step 2  evaluation loss" in outputs[0][0]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

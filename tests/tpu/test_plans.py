@@ -5,6 +5,7 @@ import pytest
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import MeshError
 from vl2_jax.planning.plan import Plan, make_plan, search
+from vl2_jax.training.recipe import read_recipe
 
 SMALL = 0.01e6  # bytes: sampling and loop conditions stay below
 
@@ -42,6 +43,26 @@ def test_decoding_fits_and_only_tokens_cross_the_network(model, topology):
     assert all(c.size <= 32 * width * 2 for c in plan.collectives)
     # The cache is updated in place. A call of many steps may lay it out in another way once, never several times.
     assert plan.memory["temporaries"] < 0.75e9 + 1.05 * plan.memory["cache"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "topology", "mesh", "batch"),
+    [("sft", "v5e:2x4", "fsdp=2,expert=4", 8), ("lora", "v5e:2x2", "expert=4", 4)],
+)
+def test_training_fits_and_weights_travel_only_where_they_are_trained(stage, topology, mesh, batch):
+    config, recipe = VL2Config.preset("vl2-tiny"), read_recipe(f"{stage}-tiny")
+    plan = make_plan("vl2-tiny", config, topology, "train", batch=batch, context=4096, mesh=mesh, recipe=recipe)
+    assert plan.fits
+    weights = sum(plan.memory[kind] for kind in ("routed experts", "other language weights", "vision and projector"))
+    share = plan.memory["optimiser states"] / weights
+    if stage == "sft":
+        assert 1.9 < share < 2  # two float32 moments beside float32 weights, but for the pooling that nothing trains
+        assert ("all-gather", ("fsdp",), "routed_experts") in {(c.kind, c.axes, c.what) for c in plan.collectives}
+    else:
+        assert share < 0.02
+        tokens = batch * 4096 * config.language_config.hidden_size * 2
+        assert all(c.size <= tokens for c in plan.collectives)  # no weight is ever gathered
+    assert 0.5 < plan.best_mfu < 0.8
 
 
 def test_a_model_that_is_too_large_is_told_by_how_much():
