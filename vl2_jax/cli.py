@@ -40,6 +40,12 @@ app = tyro.extras.SubcommandApp()
 _messages = Console(stderr=True, highlight=False)
 _ONE_DEVICE = Devices()
 _DevicesFlags = tyro.conf.OmitArgPrefixes[Devices]
+_PACKAGES = (  # what `vl2 doctor` looks for: its extra, and what it is for
+    ("jax", "", ""), ("jaxlib", "", ""), ("flax", "", ""), ("orbax-checkpoint", "", ""),
+    ("libtpu", "tpu", "on a TPU machine, or to plan for one"), ("grain", "train", "to train"),
+    ("tensorboardX", "train", "to see training in TensorBoard"), ("matplotlib", "plan", "to draw a plan"),
+    ("gcsfs", "gcs", "to read from a bucket"),
+)  # fmt: skip
 
 
 def _in_all_processes(command: Callable[..., None]) -> Callable[..., None]:
@@ -416,14 +422,14 @@ def doctor() -> None:
     """What this machine has, what is missing, and the line that adds it."""
     import jax
 
-    print(f"python       {sys.version.split()[0]}")
-    for package in ("jax", "jaxlib", "flax", "orbax-checkpoint", "libtpu"):
+    print(f"{'python':16} {sys.version.split()[0]}")
+    for package, extra, purpose in _PACKAGES:
         try:
-            print(f"{package:12} {metadata.version(package)}")
+            print(f"{package:16} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            print(f"{package:12} missing; on a TPU machine: pip install 'vl2-jax[tpu]'")
+            print(f"{package:16} missing; {purpose}: pip install 'vl2-jax[{extra}]'")
     for device in jax.devices():
-        print(f"device       {device.device_kind} ({device.platform}:{device.id})")
+        print(f"{'device':16} {device.device_kind} ({device.platform}:{device.id})")
 
 
 def describe(config: Any) -> dict[str, Any]:
