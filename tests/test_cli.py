@@ -103,3 +103,13 @@ def test_a_mistake_gets_one_sentence(tmp_path, capsys, monkeypatch, command, mes
     error = capsys.readouterr().err
     assert message in error.replace("\n", " ")
     assert "Traceback" not in error
+
+
+def test_the_doctor_names_what_is_there_and_the_line_that_adds_what_is_not(capsys, monkeypatch):
+    from vl2_jax import cli
+
+    monkeypatch.setattr(cli, "_PACKAGES", (("jax", "", ""), ("no-such-package", "extra", "to do more")))
+    main(["doctor"])
+    told = capsys.readouterr().out
+    assert "no-such-package  missing; to do more: pip install 'vl2-jax[extra]'" in told
+    assert "(cpu:0)" in told
