@@ -212,6 +212,12 @@ def test_a_model_that_a_run_did_not_write_is_left_alone(recipe_file, tmp_path, c
     assert (mine / "config.json").is_file()
 
 
+def test_a_run_of_bad_samples_alone_is_told(recipe, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"nothing": 1}\n')
+    with pytest.raises(TrainingError, match=r"no sample that can be trained on \(1 were left out\)"):
+        train(recipe(f"data.sources=[{{path='{tmp_path}/bad.jsonl'}}]", "data.epochs=1"), tmp_path / "run", silent)
+
+
 def test_a_start_that_fails_leaves_no_recipe_to_keep_to(recipe, tmp_path):
     with pytest.raises(ConfigError, match="no data file"):
         train(recipe("data.sources=[{path='typo.jsonl'}]"), tmp_path / "run", silent)

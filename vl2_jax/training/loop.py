@@ -142,7 +142,7 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
                 _check(metrics, step)
                 evaluation(step, state, tell)
     _check(unchecked, step, state)
-    if step == 0:
+    if step == 0 and is_complete:
         raise TrainingError(f"the data holds no sample that can be trained on ({stream.skipped} were left out).")
     if saved != step:
         checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
