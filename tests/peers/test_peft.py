@@ -1,11 +1,11 @@
-"""PEFT reads the adapters that are written here, and adds the same products."""
+"""PEFT reads the adapters that are written here, and adds the same products; what PEFT writes is read here."""
 
 import jax
 import numpy as np
 import torch
 from peft import PeftModel
 
-from convert.adapters import merge, write_adapters
+from convert.adapters import merge, read_adapters, write_adapters
 from convert.weight_map import flatten, plan
 from tests.peers.transformers_models import released_tensors
 from vl2_jax.config import VL2Config
@@ -45,6 +45,14 @@ def test_peft_merges_the_same_weights(tmp_path):
         return released_tensors(config, flat)
 
     base = released(params)
+    model = PeftModel.from_pretrained(modules_named(base), str(tmp_path / "adapters"))
+    for dtype, tolerance in ((torch.float32, 0.0), (torch.bfloat16, 0.01)):
+        model.to(dtype).save_pretrained(tmp_path / str(dtype))
+        again = read_adapters(tmp_path / str(dtype), plan(config))
+        assert (again.pairs.keys(), again.scale) == (adapters.pairs.keys(), adapters.scale)
+        for path, pair in adapters.pairs.items():
+            for theirs, ours in zip(again.pairs[path], pair, strict=True):
+                np.testing.assert_allclose(theirs, ours, rtol=tolerance)
     model = PeftModel.from_pretrained(modules_named(base), str(tmp_path / "adapters"))
     theirs = dict(model.merge_and_unload().named_parameters())
     ours = released(merge(params, adapters))

@@ -138,7 +138,7 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
                 _check(metrics, step, state)
                 checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
                 saved = step
-            if evaluation.is_due(step) and not is_complete:
+            if evaluation.is_due(step) and not is_complete and not interruption.came:
                 _check(metrics, step)
                 evaluation(step, state, tell)
     _check(unchecked, step, state)
