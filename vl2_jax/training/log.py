@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,14 @@ class Log:
         peak = peak_flops(devices[0].device_kind)
         self._peak = None if peak is None else peak * len(devices)
         self._writes = jax.process_index() == 0
-        self.board: Any = _tensorboard(folder) if self._writes else None
         self._held: list[Metrics] = []
         self._left_out: set[str] = set()
         self._begun = time.perf_counter()
+
+    @cached_property
+    def board(self) -> Any:
+        """TensorBoard's writer, made where there is something to write; None without it, or in other processes."""
+        return _tensorboard(self._folder) if self._writes else None
 
     def step(self, step: int, metrics: Metrics, skipped: int, reports: list[BadSample]) -> None:
         """After every update; `reports` is emptied."""
