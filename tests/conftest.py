@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # meshes need devices
+# Meshes need devices. Eight on two busy cores may meet late in a collective: XLA would abort all after 40 seconds.
+_DEVICES = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ.setdefault("XLA_FLAGS", _DEVICES)
 
 GOLDENS = Path(__file__).parent / "goldens"
 CONFIGS = ("nano-tiny", "nano-small", "nano-base", "nano-base-groups", "nano-v2")
