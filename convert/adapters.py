@@ -22,7 +22,7 @@ from jaxtyping import Array
 from safetensors.numpy import save
 
 from convert.checkpoint import listing, replace_directory, unfinished_directory
-from convert.safetensors_files import scan
+from convert.safetensors_files import scan_file
 from convert.weight_map import Leaf
 from vl2_jax.errors import CheckpointError
 from vl2_jax.files import path_of
@@ -105,9 +105,12 @@ def read_adapters(source: str | Path, leaves: Iterable[Leaf]) -> Adapters:
     """
     directory = path_of(source)
     config = _read_config(directory / CONFIG_FILE)
-    entries, damages = scan(directory)
-    if damages or not entries:
-        raise CheckpointError(f"{directory / WEIGHTS_FILE} cannot be read ({(damages or ['it is missing'])[0]}).")
+    try:
+        entries, damages = scan_file(directory / WEIGHTS_FILE)
+    except OSError as error:
+        entries, damages = {}, [str(error)]
+    if damages:
+        raise CheckpointError(f"{directory / WEIGHTS_FILE} cannot be read ({damages[0]}).")
     tensors = {name: entry.read() for name, entry in entries.items()}
     rank, pairs, problems = int(config["r"]), {}, []
     for leaf in leaves:

@@ -61,7 +61,7 @@ def scan(directory: Path) -> tuple[dict[str, TensorEntry], list[str]]:
         files = [file for file in files if not placed or file.name in set(placed.values())]
     entries: dict[str, TensorEntry] = {}
     for file in files:
-        found, troubles = _scan_file(file)
+        found, troubles = scan_file(file)
         for name in found.keys() & entries.keys():
             problems.append(f"{name} stands in both {entries[name].file.name} and {file.name}")
         entries |= found
@@ -75,7 +75,8 @@ def header_size(file: Path) -> int:
         return 8 + int.from_bytes(stream.read(8), "little")
 
 
-def _scan_file(file: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+def scan_file(file: Path) -> tuple[dict[str, TensorEntry], list[str]]:
+    """Every tensor of one file, and what is wrong with them."""
     size = size_of(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import vl2_jax
+from convert.checkpoint import orbax
 from convert.weight_map import flatten
 from tests.conftest import GOLDENS
 from vl2_jax.cli import main
@@ -146,6 +147,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(whole_run, tmp_pa
         train(recipe, tmp_path / "run", silent)
 
 
+def test_what_is_saved_may_be_gone_once_saving_has_begun(tmp_path):
+    """Where a device has memory of its own, nothing is copied there for Orbax."""
+    state = {str(n): jax.random.normal(jax.random.key(n), (1000, 1000)) for n in range(8)}
+    wanted = jax.tree.map(np.array, state)
+    response = orbax().save_async(str(tmp_path / "state"), state)
+    jax.tree.map(lambda array: array.delete(), state)
+    response.result()
+    jax.tree.map(np.testing.assert_array_equal, orbax().load(str(tmp_path / "state")), wanted)
+
+
 def test_shares_of_other_processes_are_not_passed_over(tmp_path):
     state = {"a": jnp.ones(2)}
     whole = Checkpoints(tmp_path, 3, silent)
@@ -157,13 +168,19 @@ def test_shares_of_other_processes_are_not_passed_over(tmp_path):
 
 
 def test_a_run_is_complete_where_its_data_ends(recipe, data_file, tmp_path):
-    changes = ["data.epochs=2", f'evaluation.sources=[{{path="{data_file}"}}]', "evaluation.every=0"]
+    changes = [
+        "loop.log_every=100",
+        "data.epochs=2",
+        f'evaluation.sources=[{{path="{data_file}"}}]',
+        "evaluation.every=0",
+    ]
     run = train(recipe(*changes), tmp_path / "run", silent)
     step = int(run.state.step)
     assert run.is_complete
     assert 0 < step < 8
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [step]
+    assert list(losses_in(tmp_path / "run")) == [step]
     assert not train(recipe(), tmp_path / "other", silent, until=1).is_complete
 
 

@@ -75,7 +75,8 @@ class Checkpoints:
         wait_for_all(f"checkpoint {step} begins")
         (new / self._run_file).write_text(json.dumps(run), encoding="utf-8")
         # The next update takes the buffers. Orbax returns once all is on the host, where a CPU's buffers are already.
-        mine = jax.tree.map(jnp.copy, state) if jax.default_backend() == "cpu" else state
+        (device, *_) = jax.tree.leaves(state)[0].sharding.device_set
+        mine = jax.tree.map(jnp.copy, state) if device.platform == "cpu" else state
         response = orbax().save_async(str((new / _STATE).absolute()), _named(mine))
 
         def finish() -> None:

@@ -134,6 +134,13 @@ class PackIterator(grain.DatasetIterator):
             tiles -= len(sample.tiles)
         if not any(rows):
             raise StopIteration
+        return self._packed(rows)
+
+    def empty(self) -> PackedBatch:
+        """A batch that holds nothing, for those that end before others do."""
+        return self._packed([[]] * self._recipe.rows)
+
+    def _packed(self, rows: list[list[Encoded]]) -> PackedBatch:
         return pack(rows, self._recipe.sequence_length, self._recipe.tiles, **self._layout)
 
     def get_state(self) -> dict[str, Any]:
@@ -188,13 +195,6 @@ def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: in
         stream = samples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD))
     layout = {"pad_id": processor.tokenizer.pad_id, "tile_size": processor.config.tile_size}
     return PackDataset(stream, part, **layout, first_tile=share * part.tiles)
-
-
-def empty_batch(recipe: DataRecipe, processor: Processor, shares: int = 1) -> PackedBatch:
-    """A host's share of a batch that holds nothing."""
-    rows: list[list[Encoded]] = [[] for _ in range(recipe.rows // shares)]
-    layout = {"pad_id": processor.tokenizer.pad_id, "tile_size": processor.config.tile_size}
-    return pack(rows, recipe.sequence_length, recipe.tiles // shares, **layout)
 
 
 def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> list[tuple[Conversation, str]]:

@@ -28,7 +28,7 @@ from vl2_jax.processing.conversation import Conversation
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.sharding.processes import most_of_all
-from vl2_jax.training.data import batches, empty_batch, first_questions
+from vl2_jax.training.data import batches, first_questions
 from vl2_jax.training.log import Log
 from vl2_jax.training.objective import losses
 from vl2_jax.training.packing import PackedBatch
@@ -73,7 +73,7 @@ class Evaluation:
         number = most_of_all(len(mine))
         if not number:
             raise ConfigError("evaluation.sources hold no sample that can be used; mend them, or leave them out.")
-        mine += [empty_batch(data, processor, share[1])] * (number - len(mine))
+        mine += [stream.empty()] * (number - len(mine))
         self._batches = [jax.tree.map(lambda a: a[0], place(jax.tree.map(lambda a: a[None], b))) for b in mine]
         self._questions = first_questions(data, processor, recipe.evaluation.samples)
 

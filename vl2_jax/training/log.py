@@ -62,10 +62,14 @@ class Log:
     def step(self, step: int, metrics: Metrics, skipped: int, reports: list[BadSample]) -> None:
         """After every update; `reports` is emptied."""
         self.left_out(reports)
-        if not self._loop.log_every:
-            return
-        self._held.append(metrics)
-        if step % self._loop.log_every and step != self._loop.steps:
+        if self._loop.log_every:
+            self._held.append(metrics)
+            if step % self._loop.log_every == 0:
+                self.flush(step, skipped)
+
+    def flush(self, step: int, skipped: int) -> None:
+        """A row of the updates since the last one, if there are any: a run may end between two."""
+        if not self._held:
             return
         held, self._held = jax.device_get(self._held), []
         now = time.perf_counter()

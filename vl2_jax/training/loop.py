@@ -8,7 +8,6 @@ import json
 import os
 import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
 from vl2_jax.sharding.processes import most_of_all
 from vl2_jax.training.checkpoints import Checkpoints
-from vl2_jax.training.data import batches, empty_batch
+from vl2_jax.training.data import batches
 from vl2_jax.training.evaluation import Evaluation
 from vl2_jax.training.log import Log
 from vl2_jax.training.packing import PackedBatch
@@ -111,7 +110,6 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
         tell(f"going on from step {saved}")
     update = make_step(run.model, recipe, None if mesh is None else state)
     place = (lambda batch: batch) if mesh is None else (lambda batch: spread(batch, mesh, *share))
-    nothing = partial(empty_batch, recipe.data, run.processor, share[1])
     devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
     log = Log(folder, recipe, tell, run.model.config, devices)
     evaluation = Evaluation(recipe, run.model, run.processor, folder, share, place, log)
@@ -120,7 +118,7 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
     is_complete = step >= recipe.loop.steps
     with _Interruption() as interruption, _Profile(folder / "profile", recipe.loop) as profile, checkpoints:
         while step < last and not interruption.has_come(step):
-            batch = _next_batches(stream, recipe, nothing)
+            batch = _next_batches(stream, recipe)
             if batch is None:
                 tell(f"the data ended after {step} steps")
                 is_complete = True
@@ -142,6 +140,7 @@ def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], 
                 _check(metrics, step)
                 evaluation(step, state, tell)
     _check(unchecked, step, state)
+    log.flush(step, stream.skipped)
     if step == 0 and is_complete:
         raise TrainingError(f"the data holds no sample that can be trained on ({stream.skipped} were left out).")
     if saved != step:
@@ -273,15 +272,15 @@ class _Interruption:
         signal.signal(number, self._old[signal.Signals(number)])
 
 
-def _next_batches(stream: Any, recipe: Recipe, nothing: Callable[[], PackedBatch]) -> PackedBatch | None:
+def _next_batches(stream: Any, recipe: Recipe) -> PackedBatch | None:
     """The batches of an update stacked along a new first axis, or None where the data of all processes has ended.
 
-    A process whose share ends before goes on with `nothing`, and so does an update for which too few are left.
+    A process whose share ends before goes on with empty ones, and so does an update for which too few are left.
     """
     parts = list(itertools.islice(stream, recipe.optimizer.accumulate))
     if recipe.data.epochs is not None and not most_of_all(len(parts)):
         return None
-    parts += [nothing()] * (recipe.optimizer.accumulate - len(parts))
+    parts += [stream.empty()] * (recipe.optimizer.accumulate - len(parts))
     return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 
