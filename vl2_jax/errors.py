@@ -4,6 +4,24 @@ Every message names the offending value, what was expected and what to do next. 
 so that a program which does not care about the difference can catch one thing.
 """
 
+from typing import Any
+
+_LONGEST = 80  # characters of a value in a message
+
+
+def shown(value: Any, longest: int = _LONGEST) -> str:
+    """A value as a message shows it: like `repr`, on one line, at most about `longest` characters."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"{len(value):,} bytes"
+    if isinstance(value, str):
+        value = value[: longest + 1]  # the repr of megabytes is not made first
+    try:
+        text = repr(value)
+    except Exception:  # of whatever object a caller gave
+        text = f"a {type(value).__name__}"
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\n", " ")
+    return text if len(text) <= longest + 2 else text[:longest] + "..."
+
 
 class VL2Error(ValueError):
     """The base of everything this package raises on purpose."""
