@@ -125,12 +125,10 @@ def our_parties(config: VL2Config, params: Params) -> dict[tuple[str, str], Part
     answer = partial(generator.generate, [prompt], SamplingOptions(max_tokens=NEW_TOKENS, ignore_eos=True))
 
     def prefill() -> float:
-        answer()
-        return generator.timings.prefill_seconds
+        return answer()[0][0].timings.prefill_seconds
 
     def decode() -> float:
-        answer()
-        return generator.timings.decode_seconds
+        return answer()[0][0].timings.decode_seconds
 
     def vision() -> float:
         return seconds_of(lambda: jax.block_until_ready(generator.encode_tiles(tiles)))

@@ -81,8 +81,8 @@ for row in vl2.generate(several, max_tokens=8, temperature=0.7, seed=1):
 
 chat = vl2.chat()
 chat.ask("<image>\nWhat do you see?", [str(scene)], max_tokens=8)
-chat.ask("Are you sure?", max_tokens=8)
-print(vl2.generator.timings.reused_tokens, "positions came from the cache")
+answer = chat.ask("Are you sure?", max_tokens=8)
+print(answer.timings.reused_tokens, "positions came from the cache")
 
 # %% [markdown]
 # ## Point at things

@@ -121,6 +121,8 @@ for mesh, vl2 in models.items():
 # Latents have no heads, so `tensor` repeats them; sequences are spread over all other axes.
 
 # %%
-cache = models["expert=4,tensor=2"].generator._cache[0][0]
+vl2 = models["expert=4,tensor=2"]
+prompts = [vl2.processor.encode([*question, {"role": "assistant", "content": ""}]) for question in questions]
+_, ((cache,), *_) = vl2.generator.prefill(prompts, capacity=256)
 jax.debug.visualize_array_sharding(cache[:, :, 0])
 print(cache.shape, "on each device", cache.sharding.shard_shape(cache.shape))

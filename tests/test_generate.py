@@ -32,9 +32,9 @@ def test_greedy_tokens_equal_the_recorded_ones(config, case):
 def test_a_batch_gives_each_row_what_the_row_gives_alone(config):
     info, _ = load_case(config, "batch3")
     conversations = [with_pictures(c) for c in info["conversations"]]
-    options = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.7, "seed": 3}
-    together = released(config).generate(conversations, **options)
-    alone = [released(config).generate(c, **options)[0] for c in conversations]
+    options = {"max_tokens": 8, "ignore_eos": True, "temperature": 0.7}
+    together = released(config).generate(conversations, seed=3, **options)
+    alone = [released(config).generate(c, seed=3 + row, **options)[0] for row, c in enumerate(conversations)]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     np.testing.assert_allclose([a.logprobs for a in together], [a.logprobs for a in alone], atol=1e-3)
 
@@ -59,7 +59,7 @@ def test_a_chat_reuses_its_cache_and_answers_as_if_it_had_none(config):
     chat = vl2.chat()
     first = chat.ask("<image>\nWhat is this?", [picture], max_tokens=5)
     second = chat.ask("Are you sure?", max_tokens=8, ignore_eos=True)
-    assert vl2.generator.timings.reused_tokens >= first.prompt_tokens
+    assert second.timings.reused_tokens >= first.prompt_tokens
     (fresh,) = vl2.generate([*chat.messages[:-1]], max_tokens=8, ignore_eos=True)
     assert second.token_ids == fresh.token_ids
 

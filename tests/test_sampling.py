@@ -1,10 +1,12 @@
-"""The sampling filters equal the recorded ones, applied in turn."""
+"""The sampling filters equal the recorded ones, and options of any kind are taken or refused in a sentence."""
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.conftest import GOLDENS
-from vl2_jax.inference.sampling import keep_likeliest, penalise_repetition
+from vl2_jax.errors import RequestError
+from vl2_jax.inference.sampling import Sampler, SamplingOptions, choose, keep_likeliest, penalise_repetition
 
 
 def test_filters_equal_the_recorded_ones():
@@ -18,3 +20,86 @@ def test_filters_equal_the_recorded_ones():
         np.testing.assert_allclose(heated, arrays["after_temperature_0_4"], rtol=1e-6)
         kept = keep_likeliest(heated, jnp.int32(vocabulary), jnp.float32(0.9))
         np.testing.assert_allclose(kept, arrays["after_top_p_0_9"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("stop", "stops"), [("yellow", ("yellow",)), (None, ()), (["a", "b"], ("a", "b")), ((), ()), ({"a"}, ("a",))]
+)
+def test_one_string_is_one_stop_string_and_none_is_none(stop, stops):
+    assert SamplingOptions(stop=stop).stops == stops
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_tokens": None}, {"max_tokens": 0}, {"max_tokens": 2.0}, {"max_tokens": True}, {"max_tokens": "5"},
+        {"temperature": None}, {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")},
+        {"temperature": 10**400}, {"temperature": "warm"}, {"temperature": 1j},
+        {"top_p": 0}, {"top_p": 1.5}, {"top_p": None}, {"top_p": float("nan")}, {"top_p": 1e-50},
+        {"top_k": -1}, {"top_k": 0.5}, {"top_k": None},
+        {"repetition_penalty": 0}, {"repetition_penalty": -1}, {"repetition_penalty": float("inf")},
+        {"repetition_penalty": 1e-39}, {"repetition_penalty": "no"},
+        {"seed": 2**63}, {"seed": -(2**63) - 1}, {"seed": 1.5}, {"seed": "one"}, {"seed": [1, None]}, {"seed": True},
+        {"ignore_eos": None}, {"ignore_eos": 1},
+        {"stop": ""}, {"stop": [""]}, {"stop": [1]}, {"stop": b"x"}, {"stop": 5}, {"stop": [["x"]]}, {"stop": "x" * 0},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_options_of_another_kind_or_range_are_refused_by_name(options):
+    with pytest.raises(RequestError, match=next(iter(options))):
+        SamplingOptions(**options)
+
+
+def test_an_unknown_option_is_told_with_the_one_that_is_meant():
+    with pytest.raises(RequestError, match="did you mean 'max_tokens'"):
+        SamplingOptions.of({"max_token": 5})
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = SamplingOptions(max_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.uint8(4), seed=np.arange(2))
+    assert (options.max_tokens, options.temperature, options.top_k) == (3, 0.5, 4)
+    assert options.seeds(2) == [0, 1]
+
+
+def chosen(logits, rows=4, **options):
+    sampler = Sampler.of(SamplingOptions(**options), logits.shape[-1], rows)
+    many = jnp.broadcast_to(logits, (rows, logits.shape[-1]))
+    is_greedy = SamplingOptions(**options).is_greedy
+    return choose(many, sampler, jnp.zeros(many.shape, bool), jnp.zeros(rows, jnp.int32), is_greedy)[0].tolist()
+
+
+LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=64).astype(np.float32) * 20)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-45, 1e-39, 1e-38, 2e-38, 1e-30, 1e-10])
+def test_the_smallest_temperatures_take_the_likeliest_token(temperature):
+    assert chosen(LOGITS, temperature=temperature, seed=1) == [int(LOGITS.argmax())] * 4
+
+
+def test_no_number_of_top_k_is_too_large():
+    assert chosen(LOGITS, temperature=1.0, top_k=2**40, seed=5) == chosen(LOGITS, temperature=1.0, top_k=0, seed=5)
+
+
+def test_rows_of_a_batch_have_seeds_of_their_own():
+    flat = jnp.zeros(64)
+    batch = chosen(flat, rows=8, temperature=1.0, top_p=1.0, top_k=0, seed=7)
+    assert len(set(batch)) > 4
+    alone = [chosen(flat, rows=1, temperature=1.0, top_p=1.0, top_k=0, seed=7 + row)[0] for row in range(8)]
+    assert batch == alone
+    assert batch == chosen(flat, rows=8, temperature=1.0, top_p=1.0, top_k=0, seed=list(range(7, 15)))
+
+
+def test_seeds_that_differ_in_their_upper_half_alone_are_different_seeds():
+    seeds = [3, 3 + 2**32, 3 + 2**40, 3 - 2**40, -(2**63), 2**63 - 1]
+    assert len({tuple(row) for row in Sampler.of(SamplingOptions(seed=seeds), 64, 6).seeds.tolist()}) == 6
+
+
+def test_without_a_seed_there_are_new_numbers_each_time():
+    flat = jnp.zeros(64)
+    drawn = [chosen(flat, rows=8, temperature=1.0, top_p=1.0, top_k=0) for _ in range(3)]
+    assert len({tuple(row) for row in drawn}) == 3
+
+
+def test_another_number_of_seeds_than_rows_is_refused():
+    with pytest.raises(RequestError, match="2 seeds were given for 3 answers"):
+        Sampler.of(SamplingOptions(seed=(1, 2)), 64, 3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import secrets
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +23,12 @@ from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
 from convert.weight_map import Leaf, flatten, plan, unflatten
 from vl2_jax.config import CONFIG_FILE, VL2Config, read_config
-from vl2_jax.errors import CheckpointError
+from vl2_jax.errors import CheckpointError, ConversationError
 from vl2_jax.files import is_remote, path_of
-from vl2_jax.inference.generate import Answer, Generator, Memory, bucket, matmul_precision
+from vl2_jax.inference.answers import Answer
+from vl2_jax.inference.generate import Generator, Memory, bucket, matmul_precision
 from vl2_jax.inference.sampling import SamplingOptions
+from vl2_jax.memory import usable_memory
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
@@ -33,6 +37,7 @@ from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
 from vl2_jax.sharding.loading import load_sharded
 from vl2_jax.sharding.mesh import make_mesh
+from vl2_jax.sharding.processes import chosen_by_one
 from vl2_jax.sharding.rules import abstract_sharded_params
 
 SHIPPED = "vl2-nano"  # the small model in vl2_jax/nano, trained by this project on pictures that it draws
@@ -95,15 +100,13 @@ def _with_adapters(params: Params, adapters: Adapters | None) -> Params:
 
 
 def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
-    """The checkpoint's dtype; float32 on a CPU where it takes no more than two thirds of the memory.
+    """The checkpoint's dtype; float32 on a CPU where it takes no more than two thirds of the usable memory.
 
     A CPU widens bfloat16 weights before each product: a token of vl2-tiny takes 5 s, against 0.3 s in float32.
     """
-    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
-        return config.torch_dtype
+    memory = usable_memory() if jax.default_backend() == "cpu" else None
     needed = 4 * sum(int(np.prod(leaf.shape)) for leaf in leaves)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return "float32" if needed <= memory * 2 // 3 else config.torch_dtype
+    return "float32" if memory is not None and needed <= memory * 2 // 3 else config.torch_dtype
 
 
 def find_model(model: str | Path) -> Path:
@@ -164,6 +167,10 @@ def _with_config(directory: Path, found: bool) -> Path:
 class VL2:
     """A model that answers.
 
+    Answering changes nothing here: any number of threads may call one model at once, each for conversations of its own.
+    The devices compute for one of them at a time, in turn (`inference.turns`), and every answer in progress holds a
+    cache, so memory limits how many callers are sensible. What is assigned between answers holds for later ones.
+
     Attributes:
       config: what the model is.
       params: its parameters, nested dictionaries of arrays.
@@ -182,15 +189,23 @@ class VL2:
         self.config = config
         self.params = params
         self.processor = processor
+        self.chunk_size = chunk_size
         mean, std = processor.config.image_mean, processor.config.image_std
         self.model = VL2Model(config, dtype, dtype, pixel_mean=mean, pixel_std=std, layout=layout)
-        self.generator = Generator(self.model, params, processor.tokenizer, chunk_size)
+
+    @property
+    def generator(self) -> Generator:
+        """Prompts to answers, with the parameters that are here now."""
+        return Generator(self.model, self.params, self.processor.tokenizer, self.chunk_size)
 
     def generate(
         self,
         conversations: Conversation | Sequence[Conversation],
         *,
         on_text: Callable[[int, str], None] | None = None,
+        n: int = 1,
+        boxes_on: int = -1,
+        report: Report = silent,
         **options: Any,
     ) -> list[Answer]:
         """Answers for one conversation or a list of them, in one batch.
@@ -199,15 +214,21 @@ class VL2:
           conversations: messages `{"role", "content", "images"}`; the last is the assistant's, empty or begun. It is
             added if the last is a user's.
           on_text: called with (row, text) while text comes.
+          n: answers of each conversation, which is computed once; they stand together.
+          boxes_on: the picture that boxes are pixels of, counted as lists are; the last, as released.
+          report: called with (phase, done, total) until the first text.
           **options: fields of `SamplingOptions`: max_tokens, temperature, top_p, top_k, repetition_penalty, seed,
             ignore_eos, stop.
 
         Returns:
-          A list of answers with `.text`, `.token_ids`, `.boxes`, `.logprobs`.
+          A list of answers with `.text`, `.token_ids`, `.boxes`, `.logprobs`, `.timings`.
+
+        Raises:
+          ConversationError, ImageError, ContextLengthError, RequestError: see their messages.
         """
-        self.generator.params = self.params
+        sampling = _agreed(SamplingOptions.of(options))
         prompts = [self.processor.encode(open_answer(c)) for c in as_conversations(conversations)]
-        return self.generator.generate(prompts, SamplingOptions(**options), on_text)[0]
+        return self.generator.generate(prompts, sampling, on_text, n=n, boxes_on=boxes_on, report=report)[0]
 
     def chat(self) -> Chat:
         """A conversation that remembers: each turn computes only what is new."""
@@ -224,11 +245,15 @@ class VL2:
 
 
 class Chat:
-    """Turns of one conversation that share a cache."""
+    """Turns of one conversation that share a cache.
+
+    Different conversations may be held in different threads; the turns of one come one after another.
+    """
 
     def __init__(self, vl2: VL2):
         self._vl2 = vl2
         self._memory: Memory | None = None
+        self._one_at_a_time = threading.Lock()
         self.messages: list[dict[str, Any]] = []
 
     def ask(
@@ -236,15 +261,40 @@ class Chat:
         text: str,
         images: Sequence[Any] = (),
         on_text: Callable[[int, str], None] | None = None,
+        *,
+        boxes_on: int = -1,
+        report: Report = silent,
         **options: Any,
     ) -> Answer:
-        """The answer to one more message."""
-        turn = {"role": "user", "content": text, "images": list(images)}
-        prompt = self._vl2.processor.encode(open_answer([*self.messages, turn]))
-        memory, self._memory = self._memory, None  # its cache is used up
-        (answer,), self._memory = self._vl2.generator.generate([prompt], SamplingOptions(**options), on_text, memory)
-        self.messages += [turn, {"role": "assistant", "content": answer.text}]
-        return answer
+        """The answer to one more message. A turn that fails or is interrupted leaves the conversation as it was.
+
+        Args:
+          text, images: of the message; other arguments are those of `VL2.generate`.
+
+        Raises:
+          ConversationError: the answer before is still being written, or see `VL2.generate`.
+        """
+        if not self._one_at_a_time.acquire(blocking=False):
+            raise ConversationError("this conversation is being answered; wait for that, or begin another one.")
+        try:
+            sampling = _agreed(SamplingOptions.of(options))
+            turn = {"role": "user", "content": text, "images": list(images)}
+            prompt = self._vl2.processor.encode(open_answer([*self.messages, turn]))
+            memory, self._memory = self._memory, None  # its cache is used up
+            (answer,), self._memory = self._vl2.generator.generate(
+                [prompt], sampling, on_text, memory, boxes_on=boxes_on, report=report
+            )
+            self.messages += [turn, {"role": "assistant", "content": answer.text}]
+            return answer
+        finally:
+            self._one_at_a_time.release()
+
+
+def _agreed(options: SamplingOptions) -> SamplingOptions:
+    """The options with a seed, if they need one, that is the same in every process of a slice."""
+    if options.is_greedy or options.seed is not None:
+        return options
+    return dataclasses.replace(options, seed=chosen_by_one(secrets.randbits(62)))
 
 
 def open_answer(conversation: Conversation) -> list[Any]:

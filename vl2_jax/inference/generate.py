@@ -14,8 +14,9 @@ B batch, C positions of a chunk, S cache slots, I tiles, D model width, V vocabu
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as Steps
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,12 +26,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.errors import ContextLengthError, RequestError
+from vl2_jax.inference.answers import Answer, AnswerWriter, Timings
 from vl2_jax.inference.sampling import Sampler, SamplingOptions, choose
-from vl2_jax.model.decoder import Cache, init_cache
+from vl2_jax.inference.turns import DEVICES
+from vl2_jax.model.decoder import Cache, init_cache, laid_out
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import TEXT, Encoded, renumbered_rows
-from vl2_jax.processing.grounding import Box, parse_boxes
-from vl2_jax.processing.tokenizer import AnswerStream, Tokenizer
+from vl2_jax.processing.grounding import parse_boxes
+from vl2_jax.processing.tokenizer import Tokenizer
 from vl2_jax.progress import Report, silent
 
 _SHORTEST_CHUNK = 64
@@ -39,46 +42,20 @@ _STEPS_A_CALL = 16
 _SECONDS_A_CALL = 0.1  # text should appear at least this often, so slow models decode fewer steps a call
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One generated answer.
-
-    Attributes:
-      text: without control tokens; grounding tags are kept.
-      token_ids: as generated, the end-of-sentence id included.
-      logprobs: log-probability of each id under the model's own distribution.
-      boxes: what the text points at, in pixels of the conversation's last picture.
-      finish_reason: "stop" (end of sentence or a stop string) or "length".
-      prompt_tokens: length of the prompt.
-    """
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    boxes: list[Box]
-    finish_reason: str
-    prompt_tokens: int
-
-
-@dataclass
-class Timings:
-    """Seconds spent, and what they were spent on."""
-
-    vision_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    tiles: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    new_tokens: int = 0
-
-
 @dataclass
 class Memory:
-    """What a cache holds after an answer, so that the next turn of the conversation computes only what is new."""
+    """What a cache holds after an answer, so that the next turn of the conversation computes only what is new.
+
+    It belongs to one conversation. The call that takes it uses it up, whether it can reuse the cache or not: there is
+    never an old cache beside a new one.
+    """
 
     cache: Cache
     fingerprints: np.ndarray  # uint64 [positions], of the one sequence in the cache
+
+    def free(self) -> None:
+        for leaf in jax.tree.leaves(self.cache):
+            leaf.delete()
 
 
 class DecodeState(NamedTuple):
@@ -92,18 +69,19 @@ class DecodeState(NamedTuple):
     seen: Bool[Array, "B V"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Generator:
-    """Answers for one model. Compiled programs are kept for the shapes that were met, rounded up to few."""
+    """Answers for one model. Compiled programs are kept for the shapes that were met, rounded up to few.
+
+    It never changes, so any number of threads may ask it at once. The devices compute for one of them at a time, in
+    turn (`inference.turns`), and each answer in progress holds a cache of its own.
+    """
 
     model: VL2Model
     params: Params
     tokenizer: Tokenizer
     chunk_size: int = 512
     tile_chunk: int = 4
-    report: Report = silent
-    timings: Timings = field(default_factory=Timings)
-    _cache: Cache | None = None
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -115,50 +93,59 @@ class Generator:
         options: SamplingOptions,
         on_text: Callable[[int, str], None] | None = None,
         memory: Memory | None = None,
+        *,
+        n: int = 1,
+        boxes_on: int = -1,
+        report: Report = silent,
     ) -> tuple[list[Answer], Memory]:
         """Answers of all prompts, in one batch.
 
         Args:
           prompts: encoded conversations that end where the answer begins.
-          on_text: called with (row, text) as soon as text is complete.
+          on_text: called with (row, text) as soon as text is complete; others may compute meanwhile.
           memory: what an earlier call returned; the prefix it shares with the prompt is not computed again. Only for
-            a single prompt. Its cache is used up.
+            a single prompt. It is used up.
+          n: answers of each prompt, which is computed once; they stand together.
+          boxes_on: the picture of a conversation that boxes belong to, counted as lists are; the last, as released.
+          report: called with (phase, done, total).
 
         Raises:
           ContextLengthError: a prompt leaves no room for an answer.
+          RequestError: `n` is below 1, a conversation has pictures but none at `boxes_on`, or too few seeds were given.
         """
-        with self.model.layout.on_devices():
-            return self._generate(prompts, options, on_text, memory)
-
-    def _generate(
-        self,
-        prompts: Sequence[Encoded],
-        options: SamplingOptions,
-        on_text: Callable[[int, str], None] | None,
-        memory: Memory | None,
-    ) -> tuple[list[Answer], Memory]:
-        limits = [self._room_for(prompt, options.max_tokens) for prompt in prompts]
-        writers = [_AnswerWriter(self.tokenizer, options, limit) for limit in limits]
-        self.timings = Timings(tiles=sum(len(p.tiles) for p in prompts), prompt_tokens=sum(map(len, prompts)))
-        for tokens in self._run(prompts, options, limits, writers, memory):
+        if n < 1:
+            raise RequestError(f"n is {n}; expected at least 1.")
+        limits = [self._room_for(prompt, options.max_tokens) for prompt in prompts for _ in range(n)]
+        pictures = [picture_at(prompt, boxes_on) for prompt in prompts]
+        sampler = Sampler.of(options, self.model.config.language_config.vocab_size, len(limits))
+        writers = [AnswerWriter(self.tokenizer, options, limit) for limit in limits]
+        timings = Timings(tiles=sum(len(p.tiles) for p in prompts), prompt_tokens=sum(map(len, prompts)))
+        run = self._run(prompts, sampler, options, writers, memory, timings, report)
+        while True:
+            try:
+                tokens = next(run)
+            except StopIteration as ended:
+                cache: Cache = ended.value
+                break
             for row, (writer, new) in enumerate(zip(writers, tokens)):
                 text = "".join(writer.push(id_, logprob) for id_, logprob in new)
                 if writer.finished:
                     text += writer.close()
                 if text and on_text is not None:
                     on_text(row, text)
-        self.timings.new_tokens = sum(len(writer.ids) for writer in writers)
-        assert self._cache is not None
+        timings.new_tokens = sum(len(writer.ids) for writer in writers)
         answers = []
-        for prompt, writer in zip(prompts, writers):
-            boxes = parse_boxes(writer.text, *prompt.image_sizes[-1]) if prompt.image_sizes else []
+        for row, writer in enumerate(writers):
+            prompt, picture = prompts[row // n], pictures[row // n]
+            size = prompt.image_sizes[picture] if prompt.image_sizes else None
+            boxes = parse_boxes(writer.text, *size) if size else []
             reason = writer.finish_reason
-            answers.append(Answer(writer.text, writer.ids, writer.logprobs, boxes, reason, len(prompt)))
+            answers.append(Answer(writer.text, writer.ids, writer.logprobs, boxes, reason, len(prompt), timings))
         fed = writers[0].ids[:-1]  # the last token was never fed back
         prints = np.concatenate([prompts[0].fingerprints(), np.asarray(fed, np.uint64)])
-        return answers, Memory(self._cache, prints)
+        return answers, Memory(cache, prints)
 
-    def encode_tiles(self, tiles: np.ndarray) -> Float[Array | np.ndarray, "I M D"]:
+    def encode_tiles(self, tiles: np.ndarray, report: Report = silent) -> Float[Array | np.ndarray, "I M D"]:
         """Tokens of all tiles, at most `tile_chunk` at a time; a bucket of chunks, the last of them empty."""
         if not len(tiles):
             return np.zeros((0, self.model.config.tokens_per_tile, self._width), self.model.dtype)
@@ -168,15 +155,29 @@ class Generator:
         padded = np.pad(tiles, ((0, chunks * chunk - len(tiles)), (0, 0), (0, 0), (0, 0)))
         parts: list[Array] = []
         for i in range(chunks):
-            self._tell("looking at pictures", i, chunks, parts[-1:])
+            _tell(report, "looking at pictures", i, chunks, parts[-1:])
             parts.append(_encode_tiles(self.model, self.params, padded[i * chunk : (i + 1) * chunk]))
         room = bucket(chunks, 1) - chunks
         return jnp.concatenate([*parts, *[jnp.zeros_like(parts[0])] * room])
 
     def prefill(
-        self, prompts: Sequence[Encoded], capacity: int, memory: Memory | None = None
+        self,
+        prompts: Sequence[Encoded],
+        capacity: int,
+        memory: Memory | None = None,
+        timings: Timings | None = None,
+        report: Report = silent,
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """The hidden row of every prompt's last position, and the cache of all before it and itself."""
+        """The hidden row of every prompt's last position, and the cache of all before it and itself.
+
+        What it took is added to `timings`.
+        """
+        with DEVICES, self.model.layout.on_devices():
+            return self._prefill(prompts, capacity, memory, timings or Timings(), report)
+
+    def _prefill(
+        self, prompts: Sequence[Encoded], capacity: int, memory: Memory | None, spent: Timings, report: Report
+    ) -> tuple[Float[Array, "B D"], Cache]:
         start = 0
         longest = max(map(len, prompts))
         if memory is not None and len(prompts) == 1:
@@ -185,15 +186,17 @@ class Generator:
         chunks = -(-(longest - start) // self.chunk_size)
         chunk = min(self.chunk_size, chunk_length(-(-(longest - start) // chunks)))
         capacity = bucket(max(capacity, start + chunks * chunk), _SMALLEST_CACHE)
-        cache = self._room_in(memory if start else None, len(prompts), capacity)
-        self.timings.reused_tokens = start
+        spent.reused_tokens = start
+        if memory is not None and not start:
+            memory.free()
+        cache = _grown(memory, self._slot_axis, capacity) if memory and start else None
 
         begun = time.perf_counter()
         shows_pictures = any((p.visual_index[start:] != TEXT).any() for p in prompts)
         tiles = np.concatenate([p.tiles for p in prompts])
-        table = self.encode_tiles(tiles if shows_pictures else tiles[:0])
+        table = self.encode_tiles(tiles if shows_pictures else tiles[:0], report)
         jax.block_until_ready(table)
-        self.timings.vision_seconds = time.perf_counter() - begun
+        spent.vision_seconds = time.perf_counter() - begun
 
         begun = time.perf_counter()
         ids = np.full((len(prompts), start + chunks * chunk), self.tokenizer.pad_id, np.int32)
@@ -203,66 +206,69 @@ class Generator:
             index[row, : len(prompt)] = visual_rows
         last = np.asarray([len(p) - 1 for p in prompts], np.int32)
         hidden: Any = np.zeros((len(prompts), self._width), self.model.dtype)
+        cache = _empty_cache(self.model, len(prompts), capacity) if cache is None else cache
         for i in range(chunks):
             begin = start + i * chunk
-            self._tell("reading the prompt", i, chunks, hidden)
+            _tell(report, "reading the prompt", i, chunks, hidden)
             part = slice(begin, begin + chunk)
             x = _embed(self.model, self.params, ids[:, part], index[:, part], table)
             hidden, cache = prefill_chunk(self.model, self.params, x, cache, hidden, np.int32(begin), last)
         jax.block_until_ready(hidden)
-        self.timings.prefill_seconds = time.perf_counter() - begun
+        spent.prefill_seconds = time.perf_counter() - begun
         return hidden, cache
 
     def _run(
         self,
         prompts: Sequence[Encoded],
+        sampler: Sampler,
         options: SamplingOptions,
-        limits: list[int],
-        writers: list[_AnswerWriter],
+        writers: list[AnswerWriter],
         memory: Memory | None,
-    ) -> Iterator[list[list[tuple[int, float]]]]:
-        """New (id, log-probability) pairs of every row, a few at a time, until all writers are finished."""
-        vocabulary = self.model.config.language_config.vocab_size
-        lengths = np.asarray([len(p) for p in prompts], np.int32)
-        capacity = bucket(max(len(p) + limit for p, limit in zip(prompts, limits)), _SMALLEST_CACHE)
-        hidden, cache = self.prefill(prompts, capacity, memory)
-        seen = np.zeros((len(prompts), vocabulary), bool)
-        for row, prompt in zip(seen, prompts):
+        timings: Timings,
+        report: Report,
+    ) -> Steps[list[list[tuple[int, float]]], None, Cache]:
+        """New (id, log-probability) pairs of every row, a few at a time, until all writers are finished; the cache."""
+        rows, n = len(writers), len(writers) // len(prompts)
+        repeated = [prompt for prompt in prompts for _ in range(n)]
+        lengths = np.asarray([len(p) for p in repeated], np.int32)
+        capacity = bucket(max(len(p) + w.limit for p, w in zip(repeated, writers)), _SMALLEST_CACHE)
+        seen = np.zeros((rows, self.model.config.language_config.vocab_size), bool)
+        for row, prompt in zip(seen, repeated):
             row[prompt.input_ids] = True
-        sampler, greedy = Sampler.of(options, vocabulary), options.temperature == 0
-        eos = np.int32(-1 if options.ignore_eos else self.tokenizer.eos_id)
-        begun = time.perf_counter()
-        state, token, logprob = _first_token(
-            self.model, self.params, hidden, cache, lengths, seen, sampler, eos, greedy
-        )
-        # Compiled before the first text appears, so that text does not stop after its first word.
-        self._tell("compiling the decoder", 0, 0, token)
-        nothing = np.zeros(len(prompts), bool), np.int32(0)
-        state, *_ = decode_steps(self.model, self.params, state, *nothing, sampler, eos, greedy)
-        yield [[(int(t), float(p))] for t, p in zip(token, logprob)]
+        greedy, eos = options.is_greedy, np.int32(-1 if options.ignore_eos else self.tokenizer.eos_id)
+        on_devices = self.model.layout.on_devices
+        with DEVICES, on_devices():
+            hidden, cache = self._prefill(prompts, capacity, memory, timings, report)
+            if n > 1:
+                hidden, cache = _repeat(self.model, hidden, n), _each_replaced(cache, partial(_repeat, self.model, n=n))
+            begun = time.perf_counter()
+            state, token, logprob = _first_token(
+                self.model, self.params, hidden, cache, lengths, seen, sampler, eos, greedy
+            )
+            # Compiled before the first text appears, so that text does not stop after its first word.
+            _tell(report, "compiling the decoder", 0, 0, token)
+            nothing = np.zeros(rows, bool), np.int32(0)
+            state, *_ = decode_steps(self.model, self.params, state, *nothing, sampler, eos, greedy)
+            first = [[(int(t), float(p))] for t, p in zip(token, logprob)]
+        yield first
         steps = 1
         while not all(writer.finished for writer in writers):
-            call_begun = time.perf_counter()
             done = np.asarray([writer.finished for writer in writers])
             steps = min(steps, max(w.limit - len(w.ids) for w in writers if not w.finished))
-            state, tokens, logprobs, counts = decode_steps(
-                self.model, self.params, state, done, np.int32(steps), sampler, eos, greedy
-            )
-            tokens, logprobs, counts = jax.device_get((tokens, logprobs, counts))
-            seconds = (time.perf_counter() - call_begun) / steps
+            with DEVICES, on_devices():
+                call_begun = time.perf_counter()
+                state, tokens, logprobs, counts = decode_steps(
+                    self.model, self.params, state, done, np.int32(steps), sampler, eos, greedy
+                )
+                tokens, logprobs, counts = jax.device_get((tokens, logprobs, counts))
+                seconds = (time.perf_counter() - call_begun) / steps
             steps = int(np.clip(_SECONDS_A_CALL / seconds, 1, _STEPS_A_CALL))
             yield [
                 list(zip(tokens[row, :count].tolist(), logprobs[row, :count].tolist()))
                 for row, count in enumerate(counts)
             ]
-        self._cache = state.cache
-        self.timings.decode_seconds = time.perf_counter() - begun
-
-    def _tell(self, phase: str, done: int, total: int, result: Any) -> None:
-        """Reports progress, once the step before is really done; without a listener nothing waits."""
-        if self.report is not silent:
-            jax.block_until_ready(result)
-            self.report(phase, done, total)
+        timings.decode_seconds = time.perf_counter() - begun
+        return state.cache
 
     @property
     def _width(self) -> int:
@@ -278,80 +284,21 @@ class Generator:
             )
         return min(max_tokens, context - len(prompt) + 1)
 
-    def _room_in(self, memory: Memory | None, batch: int, capacity: int) -> Cache:
-        """An empty cache, or the remembered one grown to `capacity` slots."""
-        config = self.model.config.language_config
-        if memory is None:
-            return _empty_cache(self.model, batch, capacity)
-        axis = 1 if config.use_mla else 2
-        missing = capacity - memory.cache[0][0].shape[axis]
-        if missing <= 0:
-            return memory.cache
-
-        def grow(old: Array) -> Array:
-            return jnp.pad(old, [(0, missing if a == axis else 0) for a in range(old.ndim)])
-
-        return jax.tree.map(grow, memory.cache)
-
-
-class _AnswerWriter:
-    """Turns the ids of one row into text, and knows where the answer ends."""
-
-    def __init__(self, tokenizer: Tokenizer, options: SamplingOptions, limit: int):
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.text = ""
-        self.limit = limit
-        self.finish_reason = ""
-        self._stream: AnswerStream = tokenizer.stream()
-        self._eos = -1 if options.ignore_eos else tokenizer.eos_id
-        self._stop = options.stop
-        self._unsent = ""
-        self._closed = False
-        self._was_cut = False
-
     @property
-    def finished(self) -> bool:
-        return bool(self.finish_reason)
+    def _slot_axis(self) -> int:
+        return 1 if self.model.config.language_config.use_mla else 2
 
-    def push(self, id_: int, logprob: float) -> str:
-        """Text that can be shown now: it cannot be the beginning of a stop string any more."""
-        if self.finished:
-            return ""
-        self.ids.append(id_)
-        self.logprobs.append(logprob)
-        self._unsent += self._stream.push(id_)
-        if id_ == self._eos or self._cut_at_stop():
-            self.finish_reason = "stop"
-        elif len(self.ids) == self.limit:
-            self.finish_reason = "length"
-        return "" if self.finished else self._send(len(self._unsent) - self._held_back())
 
-    def close(self) -> str:
-        """What was held back; nothing the second time."""
-        if self._closed:
-            return ""
-        self._closed = True
-        if not self._was_cut:
-            self._unsent += self._stream.finish()
-            self._cut_at_stop()
-        return self._send(len(self._unsent))
+def picture_at(prompt: Encoded, number: int) -> int:
+    """A picture of a conversation, counted as lists are, as its place from the first; 0 where there is none.
 
-    def _cut_at_stop(self) -> bool:
-        places = [place for stop in self._stop if (place := self._unsent.find(stop)) >= 0]
-        if places:
-            self._unsent, self._was_cut = self._unsent[: min(places)], True
-        return bool(places)
-
-    def _held_back(self) -> int:
-        """Characters at the end that may be the beginning of a stop string."""
-        lengths = (n for stop in self._stop for n in range(1, len(stop)) if self._unsent.endswith(stop[:n]))
-        return max(lengths, default=0)
-
-    def _send(self, length: int) -> str:
-        text, self._unsent = self._unsent[:length], self._unsent[length:]
-        self.text += text
-        return text
+    Raises:
+      RequestError: the conversation has pictures, and this is none of them.
+    """
+    count = len(prompt.image_sizes)
+    if count and not -count <= number < count:
+        raise RequestError(f"boxes_on is {number}; the conversation has {count} picture(s), counted from 0.")
+    return number % count if count else 0
 
 
 def chunk_length(positions: int) -> int:
@@ -380,6 +327,43 @@ def _encode_tiles(model: VL2Model, params: Params, tiles: Array) -> Float[Array,
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _empty_cache(model: VL2Model, batch: int, capacity: int) -> Cache:
     return init_cache(model.config.language_config, batch, capacity, model.dtype, model.layout)
+
+
+def _grown(memory: Memory, axis: int, capacity: int) -> Cache:
+    """The remembered cache with room for `capacity` positions."""
+    missing = capacity - memory.cache[0][0].shape[axis]
+    if missing <= 0:
+        return memory.cache
+    return _each_replaced(
+        memory.cache, lambda old: jnp.pad(old, [(0, missing if a == axis else 0) for a in range(old.ndim)])
+    )
+
+
+def _each_replaced(cache: Cache, change: Callable[[Array], Array]) -> Cache:
+    """`change` of every array of a cache; each old one is freed before the next new one is made."""
+
+    def replaced(old: Array) -> Array:
+        new = jax.block_until_ready(change(old))
+        old.delete()
+        return new
+
+    return jax.tree.map(replaced, cache)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _repeat(model: VL2Model, rows: Array, n: int) -> Array:
+    """Every row of a batch `n` times, laid out as what it was."""
+    repeated = jnp.repeat(rows, n, axis=0)
+    if rows.ndim == 2:  # hidden rows
+        return model.layout.constrain(repeated, None, None)
+    return laid_out((repeated,), model.layout)[0]
+
+
+def _tell(report: Report, phase: str, done: int, total: int, result: Any) -> None:
+    """Reports progress, once the step before is really done; without a listener nothing waits."""
+    if report is not silent:
+        jax.block_until_ready(result)
+        report(phase, done, total)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -110,6 +110,15 @@ def most_of_all(number: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
+def chosen_by_one(number: int) -> int:
+    """Process 0's number, of up to 62 bits, in every process."""
+    if jax.process_count() == 1:
+        return number
+    halves = np.asarray(divmod(number, 2**31), np.int32)
+    upper, lower = np.asarray(multihost_utils.broadcast_one_to_all(halves)).tolist()
+    return upper * 2**31 + lower
+
+
 def _store() -> Any:
     """The key-value store of JAX's runtime, for which it has no public name."""
     from jax._src import distributed
