@@ -24,6 +24,19 @@ def test_pages_and_pictures_that_are_linked_exist(page):
     assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_headings_that_are_linked_exist(page):
+    targets = re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8"))
+    pages = [(page.parent / file if file else page, anchor) for file, anchor in targets if not file.endswith(".py")]
+    assert [(to.name, anchor) for to, anchor in pages if anchor not in anchors(to)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_its_readable_script(notebook):
     paired = jupytext.read(notebook.with_suffix(".py"))
