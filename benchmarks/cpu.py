@@ -110,7 +110,7 @@ def our_parties(config: VL2Config, params: Params) -> dict[tuple[str, str], Part
 
     from convert.random_checkpoint import create
     from vl2_jax.api import VL2
-    from vl2_jax.inference.sampling import SamplingOptions
+    from vl2_jax.inference.options import SamplingOptions
     from vl2_jax.processing.batch import TEXT, Encoded, Processor
 
     with tempfile.TemporaryDirectory() as folder:

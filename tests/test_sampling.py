@@ -1,12 +1,14 @@
 """The sampling filters equal the recorded ones, and options of any kind are taken or refused in a sentence."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.conftest import GOLDENS
 from vl2_jax.errors import RequestError
-from vl2_jax.inference.sampling import Sampler, SamplingOptions, choose, keep_likeliest, penalise_repetition
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.sampling import Sampler, choose, keep_likeliest, penalise_repetition
 
 
 def test_filters_equal_the_recorded_ones():
@@ -14,12 +16,76 @@ def test_filters_equal_the_recorded_ones():
         logits, vocabulary = arrays["logits"], arrays["logits"].shape[1]
         seen = np.zeros(logits.shape, bool)
         np.put_along_axis(seen, arrays["input_ids"], True, axis=1)
-        penalised = penalise_repetition(jnp.asarray(logits), jnp.asarray(seen), jnp.float32(1.1))
+        penalised = penalise_repetition(jnp.asarray(logits), jnp.asarray(seen), np.full(len(logits), 1.1, np.float32))
         np.testing.assert_allclose(penalised, arrays["after_repetition_penalty_1_1"], rtol=1e-6)
         heated = penalised / 0.4
         np.testing.assert_allclose(heated, arrays["after_temperature_0_4"], rtol=1e-6)
-        kept = keep_likeliest(heated, jnp.int32(vocabulary), jnp.float32(0.9))
+        kept = keep_likeliest(heated, *options_of(len(logits), vocabulary, 0.9))
         np.testing.assert_allclose(kept, arrays["after_top_p_0_9"], rtol=1e-6)
+
+
+def options_of(rows, top_k, top_p):
+    return np.full(rows, top_k, np.int32), np.full(rows, top_p, np.float32)
+
+
+def kept_by_sorting(logits, top_k, top_p):
+    """What is kept, said plainly: sort, of equals the lower id first, cut at `top_k`, cut where the mass is reached."""
+    kept = np.zeros(logits.shape, bool)
+    for row, values in enumerate(logits):
+        order = np.argsort(-values, kind="stable")[:top_k]
+        mass = np.exp(values[order] - values[order[0]]).astype(np.float64)
+        before = np.cumsum(mass) - mass
+        kept[row, order[before < top_p * mass.sum()] if top_p < 1 else order] = True
+    return kept
+
+
+def logits_of(kind, rows, size):
+    random = np.random.default_rng(size)
+    normal = random.normal(size=(rows, size)).astype(np.float32)
+    half = random.random((rows, size)) < 0.5
+    return {
+        "spread": normal,
+        "far apart": normal * 100,
+        "tied": np.round(normal) + np.float32(0),
+        "all alike": np.zeros_like(normal),
+        "of both zeros": np.where(half, np.float32(-0.0), np.float32(0)),
+        "impossible": np.where(half, -np.inf, normal).astype(np.float32),
+        "extreme": np.where(half, -3e38, normal).astype(np.float32),
+    }[kind]
+
+
+KINDS = ("spread", "far apart", "tied", "all alike", "of both zeros", "impossible", "extreme")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thresholds_keep_what_sorting_keeps(kind):
+    keep = jax.jit(keep_likeliest)
+    for size in (7, 1000):
+        logits = logits_of(kind, 4, size)
+        for top_k in (1, 2, 5, size // 2, size):
+            for top_p in (0.05, 0.33, 0.77, 0.9, 0.999, 1.0):
+                found = keep(logits, *options_of(4, top_k, top_p))
+                expected = kept_by_sorting(logits, top_k, top_p) & (logits > -np.inf)
+                np.testing.assert_array_equal(found > -np.inf, expected, err_msg=f"{size} {top_k} {top_p}")
+                np.testing.assert_array_equal(np.asarray(found)[expected], logits[expected])
+
+
+def test_rows_of_a_batch_may_differ_in_every_option():
+    logits = logits_of("spread", 4, 64) * 5
+    differing = ((0, 0.9, 50, 1.0), (1.0, 0.5, 5, 2.0), (30.0, 1.0, 0, 1.0), (0.3, 0.9, 2, 1.5))
+    one = [
+        SamplingOptions(temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty, seed=number)
+        for number, (temperature, top_p, top_k, penalty) in enumerate(differing)
+    ]
+    samplers = [Sampler.of(options, 64, 1) for options in one]
+    together = Sampler(*(np.concatenate(parts) for parts in zip(*samplers)))
+    seen = jnp.asarray(np.random.default_rng(1).random((4, 64)) < 0.3)
+    step = jnp.arange(4)
+    found = choose(jnp.asarray(logits), together, seen, step, False)[0]
+    for row, (options, sampler) in enumerate(zip(one, samplers)):
+        part = slice(row, row + 1)
+        alone = choose(jnp.asarray(logits[part]), sampler, seen[part], step[part], options.is_greedy)[0]
+        assert found[row] == alone[0]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from vl2_jax.errors import CheckpointError, ConversationError
 from vl2_jax.files import is_remote, path_of
 from vl2_jax.inference.answers import Answer
 from vl2_jax.inference.generate import Generator, Memory, bucket, matmul_precision
-from vl2_jax.inference.sampling import SamplingOptions
+from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.memory import usable_memory
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply

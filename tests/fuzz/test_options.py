@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 
 from vl2_jax.errors import RequestError
-from vl2_jax.inference.sampling import Sampler, SamplingOptions
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.sampling import Sampler
 
 NAMES = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "ignore_eos", "stop")
 LEAVES = st.one_of(
@@ -35,6 +36,6 @@ def test_whatever_is_asked_for_is_taken_or_refused_in_a_sentence(options, rows):
         return
     assert options.keys() <= set(NAMES)
     numbers = (sampler.temperature, sampler.top_p, sampler.top_k, sampler.penalty)
-    assert all(np.isfinite(number) for number in numbers)
+    assert all(np.isfinite(number).all() for number in numbers)
     assert sampler.seeds.shape == (rows, 2)
     assert all(isinstance(stop, str) and stop for stop in taken.stops)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vl2_jax.inference.sampling import SamplingOptions
+from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.processing.grounding import Box
 from vl2_jax.processing.tokenizer import AnswerStream, Tokenizer
 

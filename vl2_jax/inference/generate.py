@@ -27,7 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.errors import ContextLengthError, RequestError
 from vl2_jax.inference.answers import Answer, AnswerWriter, Timings
-from vl2_jax.inference.sampling import Sampler, SamplingOptions, choose
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.sampling import Sampler, choose
 from vl2_jax.inference.turns import DEVICES
 from vl2_jax.model.decoder import Cache, init_cache, laid_out
 from vl2_jax.model.vl2 import Params, VL2Model, apply
@@ -402,8 +403,7 @@ def _first_token(
         logits = apply(model, params, hidden, method="logits")
     step = jnp.zeros_like(lengths)
     token, logprob = choose(logits, sampler, seen, step, greedy)
-    rows = jnp.arange(len(token))
-    state = DecodeState(cache, token, lengths, step + 1, token == eos, seen.at[rows, token].set(True))
+    state = DecodeState(cache, token, lengths, step + 1, token == eos, _with_token(seen, token))
     return state, model.layout.constrain(token, None), model.layout.constrain(logprob, None)
 
 
@@ -437,7 +437,7 @@ def decode_steps(
             position=state.position + alive,
             step=state.step + alive,
             done=state.done | (token == eos),
-            seen=state.seen.at[rows, token].max(alive),
+            seen=_with_token(state.seen, jnp.where(alive, token, -1)),
         )
         return number + 1, state, tokens, logprobs, counts + alive
 
@@ -451,6 +451,11 @@ def decode_steps(
         _, state, tokens, logprobs, counts = jax.lax.while_loop(unfinished, body, start)
     whole = model.layout.constrain
     return state, whole(tokens, None, None), whole(logprobs, None, None), whole(counts, None)
+
+
+def _with_token(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """One pass over the ids, in place; a scatter would copy them. Nothing is added for a token of -1."""
+    return seen | (jnp.arange(seen.shape[-1]) == token[:, None])
 
 
 def _shared_prefix(old: np.ndarray, new: np.ndarray) -> int:

@@ -1,192 +1,84 @@
 """From logits to the next token: repetition penalty, temperature, top-k, top-p, in that order (SPEC 6.3).
 
-B rows of a batch, V vocabulary. Every option is an array, so that changing one does not recompile.
+B rows of a batch, V vocabulary. Every option is an array with a number a row, so that changing one does not recompile
+and rows of one batch may differ in all of them.
+
+Nothing is sorted, gathered or scattered over the vocabulary, which a TPU does in milliseconds. What is kept is found
+by two thresholds, each by bisection over the bits of the logits: 32 passes of comparing and counting.
+
+    logits        2.0   0.5   1.0   1.0   0.1   1.0     top_k = 3: the third largest is 1.0, two of three ties are in
+    key >= 1.0     x           x     x           x      top_p: of what is left, the value where the mass is reached
+    the kept       x           x     x                  ties at a threshold: those with the lowest ids
 """
 
 from __future__ import annotations
 
-import operator
-import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from numbers import Real
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from vl2_jax.errors import RequestError, shown
-
-_SAMPLED_PENALTY = 1.1  # what the released entry points use when they sample; greedy decoding has none
-_PENALTIES = (0.01, 100.0)
-_SMALLEST = float(np.finfo(np.float32).tiny)  # a smaller temperature is 0 on the device
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How an answer is chosen and where it ends.
-
-    Attributes:
-      max_tokens: at most this many new tokens.
-      temperature: 0 takes the likeliest token each time; larger is more varied.
-      top_p: sample from the likeliest tokens that together have this probability.
-      top_k: sample from this many tokens at most; 0 is no limit.
-      repetition_penalty: above 1 discourages ids that the prompt or the answer holds; `None` is 1.1 when sampling
-        and 1 when not, as in the released code.
-      seed: equal seeds give equal answers, whatever else is in the batch. Row r of a batch has seed + r; a sequence
-        holds a seed a row. `None` is another one each time.
-      ignore_eos: go on to `max_tokens` (for measuring).
-      stop: the answer ends before this string, or before any of these.
-
-    Raises:
-      RequestError: a value of another kind, or outside of its range.
-    """
-
-    max_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 0.9
-    top_k: int = 50
-    repetition_penalty: float | None = None
-    seed: int | Sequence[int] | None = None
-    ignore_eos: bool = False
-    stop: str | Sequence[str] | None = ()
-
-    def __post_init__(self) -> None:
-        self._keep("max_tokens", _whole(self.max_tokens, 1), "a whole number of at least 1")
-        self._keep("temperature", _number(self.temperature, 0, 1e30), "a number of 0 (greedy) or more")
-        self._keep("top_p", _number(self.top_p, _SMALLEST, 1), "a number above 0 and at most 1")
-        self._keep("top_k", _whole(self.top_k, 0), "a whole number of 0 (no limit) or more")
-        if self.repetition_penalty is not None:
-            expected = "a number from 0.01 to 100 (1 is none), or None"
-            self._keep("repetition_penalty", _number(self.repetition_penalty, *_PENALTIES), expected)
-        if self.seed is not None:
-            expected = "a whole number from -2**63 to 2**63 - 1, one for each row, or None"
-            self._keep("seed", _seeds(self.seed), expected)
-        self._keep("ignore_eos", self.ignore_eos if isinstance(self.ignore_eos, bool) else None, "True or False")
-        self._keep("stop", _strings(self.stop), "a string that is not empty, or several")
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any]) -> SamplingOptions:
-        """From keyword arguments.
-
-        Raises:
-          RequestError: see `SamplingOptions`; or there is no such option.
-        """
-        names = [field.name for field in fields(cls)]
-        for unknown in options.keys() - set(names):
-            close = get_close_matches(unknown, names, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(names)}."
-            raise RequestError(f"there is no option {shown(unknown)}; {hint}")
-        return cls(**options)
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature < _SMALLEST
-
-    @property
-    def penalty(self) -> float:
-        if self.repetition_penalty is not None:
-            return self.repetition_penalty
-        return 1.0 if self.is_greedy else _SAMPLED_PENALTY
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        assert isinstance(self.stop, tuple)
-        return self.stop
-
-    def seeds(self, rows: int) -> list[int]:
-        """A seed for each row of a batch.
-
-        Raises:
-          RequestError: a sequence of seeds that are not as many as rows.
-        """
-        first = secrets.randbits(63) if self.seed is None else self.seed
-        if isinstance(first, int):
-            return [first + row for row in range(rows)]
-        if len(first) != rows:
-            raise RequestError(f"{len(first)} seeds were given for {rows} answers; give one for each, or one number.")
-        return list(first)
-
-    def _keep(self, name: str, value: Any, expected: str) -> None:
-        if value is None:
-            raise RequestError(f"{name} is {shown(getattr(self, name))}; expected {expected}.")
-        object.__setattr__(self, name, value)
-
-
-def _whole(value: Any, least: int, most: int | None = None) -> int | None:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        return None
-    is_valid = not isinstance(value, bool | np.bool) and number >= least and (most is None or number <= most)
-    return number if is_valid else None
-
-
-def _number(value: Any, least: float, most: float) -> float | None:
-    try:
-        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else float("nan")
-    except (OverflowError, ValueError):
-        return None
-    return number if least <= number <= most else None
-
-
-def _seeds(value: Any) -> int | tuple[int, ...] | None:
-    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
-        seeds = tuple(_whole(seed, -(2**63), 2**63 - 1) for seed in value)
-        return None if None in seeds else seeds  # type: ignore[return-value]
-    return _whole(value, -(2**63), 2**63 - 1)
-
-
-def _strings(value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return ()
-    strings = (value,) if isinstance(value, str) else value
-    if not isinstance(strings, Sequence | set | frozenset) or isinstance(strings, bytes):
-        return None
-    return tuple(strings) if all(isinstance(string, str) and string for string in strings) else None
+from vl2_jax.inference.options import SamplingOptions
 
 
 class Sampler(NamedTuple):
-    """The options of a batch on the device."""
+    """The options of a batch on the device, a number a row."""
 
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    top_k: Int[Array, ""]
-    penalty: Float[Array, ""]
+    temperature: Float[Array | np.ndarray, " B"]  # 0 takes the likeliest
+    top_p: Float[Array | np.ndarray, " B"]
+    top_k: Int[Array | np.ndarray, " B"]
+    penalty: Float[Array | np.ndarray, " B"]
     seeds: UInt32[Array | np.ndarray, "B 2"]  # upper and lower half of each
 
     @classmethod
     def of(cls, options: SamplingOptions, vocabulary: int, rows: int) -> Sampler:
-        seeds = [seed % 2**64 for seed in options.seeds(rows)]
+        """The same options for every row, but for its seed."""
+        seeds = [divmod(seed % 2**64, 2**32) for seed in options.seeds(rows)]
         return cls(
-            jnp.float32(options.temperature),
-            jnp.float32(options.top_p),
-            jnp.int32(min(options.top_k or vocabulary, vocabulary)),
-            jnp.float32(options.penalty),
-            np.asarray([divmod(seed, 2**32) for seed in seeds], np.uint32),
+            np.full(rows, 0 if options.is_greedy else options.temperature, np.float32),
+            np.full(rows, options.top_p, np.float32),
+            np.full(rows, min(options.top_k or vocabulary, vocabulary), np.int32),
+            np.full(rows, options.penalty, np.float32),
+            np.asarray(seeds, np.uint32),
         )
 
 
 def penalise_repetition(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""]
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, " B"]
 ) -> Float[Array, "B V"]:
     """Ids that were seen: a positive logit is divided by the penalty, a negative one multiplied."""
+    penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def keep_likeliest(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Float[Array, "B V"]:
-    """-inf for all but the `top_k` likeliest ids, and of those for all past a cumulative probability of `top_p`."""
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    ranked = jnp.where(jnp.arange(logits.shape[-1]) < top_k, ranked, -jnp.inf)
-    probabilities = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    ranked = jnp.where(before < top_p, ranked, -jnp.inf)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    return jnp.zeros_like(logits).at[rows, order].set(ranked)
+def keep_likeliest(
+    logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]
+) -> Float[Array, "B V"]:
+    """-inf for all but the `top_k` likeliest ids, and of those for all past a cumulative probability of `top_p`.
+
+    Of ids with equal logits those with lower numbers come first. A `top_p` of 1 keeps all.
+    """
+    keys = _ordered_bits(logits)
+    kth = _largest(lambda key: (keys >= key).sum(axis=-1) >= top_k, logits.shape[0])
+    above = keys > kth[:, None]
+    tied = top_k - above.sum(axis=-1)  # of the ids at the threshold, as many as top_k still has room for
+    mass = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    masses = jnp.where(above, mass, 0)
+    wanted = jnp.where(top_p < 1, top_p, jnp.inf)
+    wanted = wanted * (masses.sum(axis=-1) + tied * _at(kth, keys, mass))
+    # No key of those above has a mass that is reached: then it is reached, or not at all, among the ties.
+    cut = _largest(lambda key: jnp.where(keys >= key, masses, 0).sum(axis=-1) >= wanted, logits.shape[0])
+    last = jnp.maximum(cut, kth)
+    certain = keys > last[:, None]
+    missing = wanted - jnp.where(certain, mass, 0).sum(axis=-1)
+    at_last = keys == last[:, None]
+    needed = jnp.ceil(missing / _at(last, keys, mass))  # ids at the threshold, of which each begins before `top_p`
+    room = jnp.where(last == kth, tied, at_last.sum(axis=-1))
+    needed = jnp.minimum(jnp.where(jnp.isnan(needed), jnp.inf, needed), room).astype(jnp.int32)
+    return jnp.where(certain | _first_of(at_last, needed), logits, -jnp.inf)
 
 
 def choose(
@@ -201,18 +93,47 @@ def choose(
     Args:
       seen: ids that stand in the prompt or the answer.
       step: tokens each row has generated, which with the seed decides its random numbers.
-      greedy: temperature is 0; known when compiling, as it saves the sort.
+      greedy: every temperature is 0; known when compiling, as it saves the thresholds.
     """
-    adjusted = penalise_repetition(logits, seen, sampler.penalty)
-    if greedy:
-        ids = jnp.argmax(adjusted, axis=-1)
-    else:
+    adjusted = penalise_repetition(logits, seen, jnp.asarray(sampler.penalty))
+    ids = jnp.argmax(adjusted, axis=-1)
+    if not greedy:
+        temperature = jnp.asarray(sampler.temperature)
         # From the likeliest down, so that a small temperature makes minus infinities rather than both kinds.
-        heated = (adjusted - adjusted.max(axis=-1, keepdims=True)) / sampler.temperature
-        kept = keep_likeliest(heated, sampler.top_k, sampler.top_p)
-        keys = jax.vmap(jax.random.fold_in)(
-            jax.random.wrap_key_data(jnp.asarray(sampler.seeds), impl="threefry2x32"), step
-        )
-        ids = jax.vmap(jax.random.categorical)(keys, kept)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    return ids.astype(jnp.int32), jnp.take_along_axis(logprobs, ids[:, None], axis=-1)[:, 0]
+        heated = (adjusted - adjusted.max(axis=-1, keepdims=True)) / temperature[:, None]
+        kept = keep_likeliest(heated, jnp.asarray(sampler.top_k), jnp.asarray(sampler.top_p))
+        keys = jax.random.wrap_key_data(jnp.asarray(sampler.seeds), impl="threefry2x32")
+        keys = jax.vmap(jax.random.fold_in)(keys, step)
+        ids = jnp.where(temperature > 0, jax.vmap(jax.random.categorical)(keys, kept), ids)
+    chosen = jnp.arange(logits.shape[-1]) == ids[:, None]
+    logprobs = jnp.where(chosen, jax.nn.log_softmax(logits, axis=-1), 0).sum(axis=-1)
+    return ids.astype(jnp.int32), logprobs
+
+
+def _ordered_bits(x: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
+    """Numbers that are in the order of `x`; both zeros are one."""
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
+    return jax.lax.bitcast_convert_type(bits ^ ((bits >> 31) | jnp.int32(-(2**31))), jnp.uint32)
+
+
+def _largest(holds: Callable[[Array], Array], rows: int, bits: int = 32) -> UInt32[Array, " B"]:
+    """The largest number of each row that `holds`, which every smaller one does too; 0 where none does."""
+
+    def with_bit(number: Array, found: Array) -> Array:
+        more = found | (jnp.uint32(1) << (bits - 1 - number).astype(jnp.uint32))
+        return jnp.where(holds(more[:, None]), more, found)
+
+    return jax.lax.fori_loop(0, bits, with_bit, jnp.zeros(rows, jnp.uint32))
+
+
+def _at(key: UInt32[Array, " B"], keys: UInt32[Array, "B V"], mass: Float[Array, "B V"]) -> Float[Array, " B"]:
+    """The mass of any id with this key."""
+    return jnp.where(keys == key[:, None], mass, 0).max(axis=-1)
+
+
+def _first_of(ids: Bool[Array, "B V"], count: Int[Array, " B"]) -> Bool[Array, "B V"]:
+    """As many of the ids of each row, from the lowest."""
+    numbers = jnp.arange(ids.shape[-1], dtype=jnp.uint32)
+    bits = ids.shape[-1].bit_length()
+    end = _largest(lambda end: (ids & (numbers < end)).sum(axis=-1) <= count, ids.shape[0], bits)
+    return ids & (numbers < end[:, None])

@@ -18,7 +18,8 @@ import numpy as np
 from convert.weight_map import unflatten
 from vl2_jax.config import LanguageConfig, VL2Config
 from vl2_jax.inference import generate
-from vl2_jax.inference.sampling import Sampler, SamplingOptions
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.sampling import Sampler
 from vl2_jax.model.decoder import init_cache
 from vl2_jax.model.layers import cache_axes
 from vl2_jax.model.vl2 import VL2Model
