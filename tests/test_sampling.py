@@ -24,6 +24,9 @@ def test_filters_equal_the_recorded_ones():
         np.testing.assert_allclose(kept, arrays["after_top_p_0_9"], rtol=1e-6)
 
 
+choosing = jax.jit(choose, static_argnums=4)
+
+
 def options_of(rows, top_k, top_p):
     return np.full(rows, top_k, np.int32), np.full(rows, top_p, np.float32)
 
@@ -81,10 +84,10 @@ def test_rows_of_a_batch_may_differ_in_every_option():
     together = Sampler(*(np.concatenate(parts) for parts in zip(*samplers)))
     seen = jnp.asarray(np.random.default_rng(1).random((4, 64)) < 0.3)
     step = jnp.arange(4)
-    found = choose(jnp.asarray(logits), together, seen, step, False)[0]
+    found = choosing(jnp.asarray(logits), together, seen, step, False)[0]
     for row, (options, sampler) in enumerate(zip(one, samplers)):
         part = slice(row, row + 1)
-        alone = choose(jnp.asarray(logits[part]), sampler, seen[part], step[part], options.is_greedy)[0]
+        alone = choosing(jnp.asarray(logits[part]), sampler, seen[part], step[part], options.is_greedy)[0]
         assert found[row] == alone[0]
 
 
@@ -131,7 +134,7 @@ def chosen(logits, rows=4, **options):
     sampler = Sampler.of(SamplingOptions(**options), logits.shape[-1], rows)
     many = jnp.broadcast_to(logits, (rows, logits.shape[-1]))
     is_greedy = SamplingOptions(**options).is_greedy
-    return choose(many, sampler, jnp.zeros(many.shape, bool), jnp.zeros(rows, jnp.int32), is_greedy)[0].tolist()
+    return choosing(many, sampler, jnp.zeros(many.shape, bool), jnp.zeros(rows, jnp.int32), is_greedy)[0].tolist()
 
 
 LOGITS = jnp.asarray(np.random.default_rng(0).normal(size=64).astype(np.float32) * 20)
