@@ -6,6 +6,8 @@ sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
 from __future__ import annotations
 
 import dataclasses
+import functools
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.processing.batch import IGNORED, Encoded, Processor
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.scenes import SceneSource
-from vl2_jax.training.formats import questions_apart, to_conversation
+from vl2_jax.training.formats import last_answer_only, questions_apart, to_conversation
 from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
 from vl2_jax.training.sources import JsonSource as JsonSource
@@ -24,7 +26,8 @@ from vl2_jax.training.sources import open_source, parsed
 
 _READ_AHEAD = 64
 _MOST_BAD = 1000  # samples one after another, after which the data itself is bad
-_BAD = (VL2Error, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)  # what records raise
+_BAD = (VL2Error, OSError)  # what records raise; the system's for names of pictures that cannot be
+_LONGEST_REASON = 240  # characters
 
 
 class SampleError(VL2Error):
@@ -184,7 +187,8 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
         record = source[place]
         try:
             messages = _messages_of(record)
-            end = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("learn", True)]
+            end = next(iter(answers), None)
             if end:  # there is one, and something before it
                 processor.encode([*messages[:end], {"role": "assistant", "content": ""}])  # it can be asked
                 found.append((messages[:end], messages[end]["content"]))
@@ -194,13 +198,16 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
 
 
 def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, VL2Error) else f"{type(error).__name__}: {error}"
+    """One short line: names of pictures and texts of records can be of any length."""
+    return textwrap.shorten(str(error), _LONGEST_REASON, placeholder="...")
 
 
 def _messages_of(record: dict[str, Any]) -> Conversation:
     if "messages" in record:  # of a scene
-        return record["messages"]
-    return to_conversation(parsed(record["record"]), record["folder"])
+        messages = record["messages"]
+    else:
+        messages = to_conversation(parsed(record["record"]), record["folder"])
+    return last_answer_only(messages) if record.get("last_answer_only") else messages
 
 
 def _mixed(recipe: DataRecipe, share: int, shares: int) -> grain.MapDataset:
@@ -221,10 +228,10 @@ def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.Map
     if source.scenes is not None:
         records = grain.MapDataset.source(SceneSource(source.scenes, source.sizes))
     else:
-        records = grain.MapDataset.source(open_source(source.path or ""))
+        records = grain.MapDataset.source(open_source(source.path or "", source.images))
         records = records.shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
-    return records.map(_with_questions_apart) if source.apart else records
+    return records.map(functools.partial(_as_described, source)) if source.apart or source.last_answer_only else records
 
 
-def _with_questions_apart(record: dict[str, Any]) -> dict[str, Any]:
-    return record | {"apart": True}
+def _as_described(source: SourceRecipe, record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"apart": source.apart, "last_answer_only": source.last_answer_only}
