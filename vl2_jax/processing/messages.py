@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
@@ -105,6 +106,11 @@ def plain(value: Any, depth: int = 0) -> Any:
     return [plain(inner, depth + 1) for inner in value] if is_list else value
 
 
+def is_empty(value: Any) -> bool:
+    """Null, or nothing in a text, a list or an object."""
+    return value is None or (isinstance(value, str | bytes | list | Mapping | int) and not value)
+
+
 def given(of: Mapping[str, Any], *keys: str) -> Any:
     """The value of the first of some keys that has one, else None."""
     return next((of[key] for key in keys if of.get(key) is not None), None)
@@ -112,11 +118,12 @@ def given(of: Mapping[str, Any], *keys: str) -> Any:
 
 def pictures_of(value: Any, found: Callable[[Any], Any] = lambda picture: picture) -> list[Any]:
     """One picture, several or none, as a list without nulls."""
-    if isinstance(value, np.ndarray) and value.ndim == 4:
-        value = list(value)
-    is_one = isinstance(value, str | bytes | bytearray | memoryview | os.PathLike | Mapping | Image.Image | np.ndarray)
-    items = [value] if is_one or hasattr(value, "read") or not isinstance(value, Iterable) else value
-    pictures = [picture_of(item) for item in items]
+    if hasattr(value, "__array__") and not isinstance(value, Image.Image):
+        is_one = getattr(value, "ndim", 0) < 4 and str(getattr(value, "dtype", "")) != "object"
+    else:
+        is_one = isinstance(value, str | bytes | bytearray | memoryview | os.PathLike | Mapping | Image.Image)
+        is_one = is_one or hasattr(value, "read") or not isinstance(value, Iterable)
+    pictures = [picture_of(item) for item in ([value] if is_one else value)]
     return [found(picture) for picture in pictures if picture is not None]
 
 
@@ -128,14 +135,16 @@ def picture_of(item: Any) -> Any:
     """
     key = ""
     while isinstance(item, Mapping):
-        key = next((key for key in _PICTURE_KEYS if not _is_empty(item.get(key))), "")
+        key = next((key for key in _PICTURE_KEYS if not is_empty(item.get(key))), "")
         item = item.get(key)
     if not isinstance(item, str) or not item:
-        return None if _is_empty(item) else item
-    if item.startswith("data:"):
-        return _decoded(item.partition(",")[2], "data URL")
+        return None if is_empty(item) else item
+    if item[:5].lower() == "data:":
+        header, _, content = item.partition(",")
+        is_base64 = header.lower().rstrip().endswith(";base64")
+        return _decoded(unquote_to_bytes(content)) if is_base64 else unquote_to_bytes(content)
     if key in _ENCODED or (item.startswith(_BASE64_STARTS) and _BASE64.fullmatch(item)):
-        return _decoded(item, "text")
+        return _decoded(item.encode("ascii", "replace"))
     return item
 
 
@@ -145,7 +154,9 @@ def switch(key: str, value: Any) -> bool | None:
     Raises:
       ConversationError: neither yes nor no.
     """
-    says = _WORDS.get(value.lower()) if isinstance(value, str) else bool(value) if value in (0, 1) else None
+    says = _WORDS.get(value.lower()) if isinstance(value, str) else None
+    if isinstance(value, int | float) and value in (0, 1):
+        says = bool(value)
     if says is not None:
         return says == SWITCHES[key]
     if value is None or (key in ("label", "mask") and not isinstance(value, int | float)):  # of something else
@@ -155,7 +166,7 @@ def switch(key: str, value: Any) -> bool | None:
 
 def refuse_other_media(of: Mapping[str, Any], what: str) -> None:
     """Raises ConversationError for moving pictures and sound."""
-    unknown = next((key for key in _OTHER_MEDIA if of.get(key)), None)
+    unknown = next((key for key in _OTHER_MEDIA if not is_empty(of.get(key))), None)
     if unknown:
         raise ConversationError(f"a {what} has {unknown}, which the model cannot take.")
 
@@ -227,33 +238,33 @@ def _joined(parts: list[Any], is_question: bool, found: Callable[[Any], Any]) ->
             value = part if isinstance(part, str) else given(part, "text", "refusal")
             value = "" if value is None else checked_text(value, "the text of a part must be text")
             text += value.replace(IMAGE_TAG, ESCAPED_TAG) if is_question else value
-        elif kind in _PICTURE_PARTS:
+        else:
             picture = picture_of(part)
             images.append(None if picture is None else found(picture))
             text += ("\n" if text.endswith("\\") else "") + IMAGE_TAG + "\n"
-        else:
-            raise ConversationError(
-                f"a part of a message has the unknown type {shown(kind)}; use 'text' or 'image_url'."
-            )
     return text, images
 
 
-def _kind(part: Any) -> Any:
+def _kind(part: Any) -> str:
+    """One of `_TEXT_PARTS` or `_PICTURE_PARTS`."""
     if isinstance(part, str):
         return "text"
     if not isinstance(part, Mapping):
         raise ConversationError(f"a part of a message must be an object {{'type', ...}}, got {shown(part)}.")
-    if part.get("type") is None:
-        return "text" if part.get("text") is not None else "image" if given(part, *_PICTURE_KEYS) is not None else None
-    return part["type"]
+    kind = part.get("type")
+    if kind is None and part.get("text") is not None:
+        return "text"
+    if kind is None and given(part, *_PICTURE_KEYS) is not None:
+        return "image"
+    if not isinstance(kind, str) or kind not in (*_TEXT_PARTS, *_PICTURE_PARTS):
+        raise ConversationError(f"a part of a message has the unknown type {shown(kind)}; use 'text' or 'image_url'.")
+    return kind
 
 
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | bytes) and not value)
-
-
-def _decoded(text: str, what: str) -> bytes:
+def _decoded(text: bytes) -> bytes:
+    """The bytes of base64 of either alphabet, broken into lines or not, padded or not."""
+    letters = text.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").rstrip(b"=")
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
     except ValueError:
-        raise ConversationError(f"a picture's {what} is not valid base64 ({len(text):,} characters).") from None
+        raise ConversationError(f"a picture of {len(text):,} characters is not valid base64.") from None

@@ -14,6 +14,7 @@ to 999, shares of 1, a list that is cut off, boxes without any label.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 from vl2_jax.errors import ConversationError, shown
 from vl2_jax.processing.grounding import parse_boxes, write_boxes
 from vl2_jax.processing.images import load_image
-from vl2_jax.processing.messages import checked_text, given
+from vl2_jax.processing.messages import checked_text, is_empty
 
 _BESIDE = 0.02  # of a side: boxes of many data sets go a little over the edge
 _LARGEST = 999
@@ -50,7 +51,7 @@ def place_objects(messages: Sequence[dict[str, Any]], objects: Any, pictures: Se
     Raises:
       ConversationError: placeholders and objects do not match, or a box is no rectangle of its picture.
     """
-    if not objects:
+    if is_empty(objects):
         return
     if isinstance(objects, list) and all(isinstance(item, Mapping) for item in objects):
         keys = ("ref", "bbox", "image_id")
@@ -58,11 +59,12 @@ def place_objects(messages: Sequence[dict[str, Any]], objects: Any, pictures: Se
     if not isinstance(objects, Mapping):
         raise ConversationError(f"'objects' must hold 'ref' and 'bbox', got {type(objects).__name__}.")
     refs, rows = _list_of(objects, "ref"), _list_of(objects, "bbox")
-    of_picture = [number or 0 for number in _list_of(objects, "image_id")] or [0] * len(rows)
+    of_picture = [0 if number is None else number for number in _list_of(objects, "image_id")] or [0] * len(rows)
     if len(of_picture) != len(rows):
         raise ConversationError(f"'objects' has {len(rows)} boxes and {len(of_picture)} image_id.")
-    kind_of_box = given(objects, "bbox_type") or "real"
-    if kind_of_box not in ("real", "norm1"):
+    kind_of_box = objects.get("bbox_type")
+    kind_of_box = "real" if is_empty(kind_of_box) else kind_of_box
+    if not (isinstance(kind_of_box, str) and kind_of_box in ("real", "norm1")):
         raise ConversationError(f"bbox_type is {shown(kind_of_box)}; expected 'real' (pixels) or 'norm1' (0 to 1).")
     taken = {"ref-object": 0, "bbox": 0}
 
@@ -76,17 +78,18 @@ def place_objects(messages: Sequence[dict[str, Any]], objects: Any, pictures: Se
         if match.group() == "<ref-object>":
             taken["ref-object"] *= len(refs) > 1  # the only label is that of every placeholder
             return f"{_REF}{_checked_label(next_of('ref-object', refs))}{_END_REF}"
-        lists: list[tuple[int, list[Any]]] = []
-        for _ in range(match.group().count("<bbox>")):
-            box = next_of("bbox", rows)
-            picture = of_picture[taken["bbox"] - 1]
-            if not (isinstance(picture, int) and 0 <= picture < len(pictures)):
-                raise ConversationError(f"a box belongs to picture {shown(picture)}, but there are {len(pictures)}.")
-            if not lists or lists[-1][0] != picture:
-                lists.append((picture, []))
-            lists[-1][1].append(box)
-        return "".join(_written(boxes, kind_of_box, pictures[picture]) for picture, boxes in lists)
+        lists = "".join(next_box() for _ in range(match.group().count("<bbox>")))
+        return lists.replace(f"]{_END_DET}{_DET}[", ", ")
 
+    def next_box() -> str:
+        box, picture = next_of("bbox", rows), of_picture[taken["bbox"] - 1]
+        if not (isinstance(picture, int) and 0 <= picture < len(pictures)):
+            raise ConversationError(f"a box belongs to picture {shown(picture)}, but there are {len(pictures)}.")
+        size = (1, 1) if kind_of_box == "norm1" else size_of(picture)
+        _check_box(box, *size)
+        return write_boxes([box], *size)
+
+    size_of = functools.cache(lambda number: load_image(pictures[number]).size)
     for message in messages:
         message["content"] = _PLACEHOLDER.sub(replaced, message["content"])
     if taken != {"ref-object": len(refs), "bbox": len(rows)}:
@@ -117,9 +120,11 @@ def with_boxes_that_can_be_read(answer: str, question: str) -> str:
         else:
             text += f"{label}{_DET}{value}{_END_DET}"
             boxes += len(value)
-    if len(parse_boxes(text, _LARGEST, _LARGEST)) != boxes:
+    found = len(parse_boxes(text, _LARGEST, _LARGEST))
+    if found != boxes:
         raise ConversationError(
-            f"not every box of the answer {shown(text)} has its label <|ref|>...<|/ref|> before it."
+            f"of {boxes} boxes in the answer {shown(text)}, {found} can be read; give each list its label "
+            f"{_REF}...{_END_REF} before it."
         )
     return text
 
@@ -130,13 +135,6 @@ def _list_of(objects: Mapping[str, Any], key: str) -> list[Any]:
     if value is not None and not isinstance(value, list):
         raise ConversationError(f"{key!r} of 'objects' must be a list, got {shown(value)}.")
     return value or []
-
-
-def _written(boxes: list[Any], kind_of_box: str, picture: Any) -> str:
-    size = (1, 1) if kind_of_box == "norm1" else load_image(picture).size
-    for box in boxes:
-        _check_box(box, *size)
-    return write_boxes(boxes, *size)
 
 
 def _check_box(box: Any, width: float, height: float) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from vl2_jax.errors import ConversationError, shown
 from vl2_jax.processing.messages import (
@@ -26,6 +27,7 @@ from vl2_jax.processing.messages import (
     TAG,
     checked_text,
     given,
+    is_empty,
     pictures_of,
     plain,
     read_messages,
@@ -111,7 +113,7 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
             f"a record with the keys {shown(', '.join(map(str, record)) or 'none')} is not understood; expected "
             "'messages', 'conversations', or a question and its answer, such as 'query' and 'response'."
         )
-    history = _opened(record.get("history")) or []
+    history = [] if is_empty(record.get("history")) else _opened(record["history"])
     if not isinstance(history, list):
         raise ConversationError(f"'history' must be a list of pairs, got {shown(history)}.")
     return [*(message for turn in history for message in _of_turn(turn)), *pair]
@@ -137,14 +139,14 @@ def _pair(of: Any) -> list[Any] | None:
     if asked is None or not answered:
         return None
     question = of[asked]
-    if asked == "instruction" and of.get("input"):
+    if asked == "instruction" and not is_empty(of.get("input")):
         texts = (checked_text(text, "an instruction and its input must be text") for text in (question, of["input"]))
         question = "\n".join(texts)
     return [*_as_messages(question, "user"), *_as_messages(given(of, *answered), "assistant")]
 
 
 def _system(of: Mapping[str, Any]) -> list[Any]:
-    return [{"role": "system", "content": of["system"]}] if of.get("system") else []
+    return [{"role": "system", "content": of["system"]}] if not is_empty(of.get("system")) else []
 
 
 def _as_messages(value: Any, role: str) -> list[Any]:
@@ -183,7 +185,8 @@ def _unlearned(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]])
 
 def _is_said(key: str, value: Any) -> bool:
     """Whether a record's own key is about learning; class labels, masks and weights of records have such names too."""
-    return isinstance(value, bool) or (value in (0, 1) and key not in ("label", "mask", "masked"))
+    is_number = isinstance(value, int | float) and value in (0, 1)
+    return isinstance(value, bool) or (is_number and key not in ("label", "mask", "masked"))
 
 
 def _in_folder(folder: Path, picture: Any) -> Any:
@@ -192,4 +195,4 @@ def _in_folder(folder: Path, picture: Any) -> Any:
         return picture
     if picture.startswith(("http://", "https://")):
         raise ConversationError(f"{shown(picture)} is not fetched; download pictures and give their paths.")
-    return str(folder / picture.removeprefix("file://"))
+    return str(folder / (unquote(picture[7:]) if picture.startswith("file://") else picture))

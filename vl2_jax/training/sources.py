@@ -99,10 +99,9 @@ class JsonSource:
         with _reading(self._path):
             self._file = _unpacked(self._path, fingerprint(self._path)) if _is_packed(self._path) else self._path
             _check_text(self._path, self._file)
-            suffixes = [suffix.lower() for suffix in self._path.suffixes]
             self._columns: list[str] | None = None
             self._lines: np.ndarray | None = None
-            if ".csv" in suffixes or ".tsv" in suffixes:
+            if self._file.suffix.lower() in (".csv", ".tsv"):
                 self._delimiter, self._columns, ranges = _rows_of(self._path, self._file)
             elif _first_character(self._file) == b"[":
                 ranges = _elements_of(self._path, self._file)
@@ -225,12 +224,13 @@ def _lines_of(path: Path, file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarra
     begin = 0
     with file.open("rb") as stream:
         for number, line in enumerate(stream, 1):
-            if line.strip():
+            mark = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            if line[mark:].strip():
                 numbers.append(number)
-                begins.append(begin)
+                begins.append(begin + mark)
                 ends.append(begin + len(line))
                 if len(first) < _FIRST_LINES:
-                    first.append(line.removeprefix(codecs.BOM_UTF8))
+                    first.append(line[mark:])
             begin += len(line)
     if first:
         _check_lines(path, first)
@@ -305,7 +305,7 @@ def _rows_of(path: Path, file: Path) -> tuple[str, list[str], tuple[np.ndarray, 
         nonlocal place
         for line in stream:
             place += len(line)
-            yield line.decode("utf-8", "replace")
+            yield line.decode("utf-8")
 
     with file.open("rb") as stream:
         header = stream.readline().decode("utf-8-sig", "replace")
@@ -322,4 +322,6 @@ def _rows_of(path: Path, file: Path) -> tuple[str, list[str], tuple[np.ndarray, 
                 begin = place
         except csv.Error as error:
             raise ConfigError(f"{path} is not a table of columns ({error}, near byte {place}).") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path} is not UTF-8 near byte {place}; save it as UTF-8.") from None
     return delimiter, columns, (np.asarray(begins, np.int64), np.asarray(ends, np.int64))
