@@ -33,6 +33,7 @@ from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
 from vl2_jax.processing.conversation import Conversation
+from vl2_jax.processing.messages import pictures_of, read_messages
 from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
 from vl2_jax.sharding.loading import load_sharded
@@ -278,7 +279,7 @@ class Chat:
             raise ConversationError("this conversation is being answered; wait for that, or begin another one.")
         try:
             sampling = _agreed(SamplingOptions.of(options))
-            turn = {"role": "user", "content": text, "images": list(images)}
+            turn = {"role": "user", "content": text, "images": pictures_of(images)}
             prompt = self._vl2.processor.encode(open_answer([*self.messages, turn]))
             memory, self._memory = self._memory, None  # its cache is used up
             (answer,), self._memory = self._vl2.generator.generate(
@@ -299,10 +300,8 @@ def _agreed(options: SamplingOptions) -> SamplingOptions:
 
 def open_answer(conversation: Conversation) -> list[Any]:
     """The conversation with an empty answer at the end, if it ends with a user's message."""
-    messages = list(conversation)
-    if messages and messages[-1].get("role") in ("user", "<|User|>"):
-        messages.append({"role": "assistant", "content": ""})
-    return messages
+    messages = read_messages(conversation)
+    return [*messages, {"role": "assistant", "content": ""}] if messages[-1]["role"] == "user" else messages
 
 
 @partial(jax.jit, static_argnums=0)

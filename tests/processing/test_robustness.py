@@ -163,7 +163,7 @@ def test_no_text_yields_a_control_id(text):
         ([{"role": "user", "content": "look", "images": ["a.png"]}], "0 <image> tag"),
         ([{"role": "user", "content": "hi"}], "last message must be the assistant's"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "can only be the first"),
-        ([{"role": "assistant", "content": "see <image>"}], "only users send pictures"),
+        ([{"role": "assistant", "content": "see", "images": ["a.png"]}], "only users send pictures"),
     ],
 )
 def test_a_mistaken_conversation_gets_one_sentence(conversation, message):

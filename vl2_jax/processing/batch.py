@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from vl2_jax.config import ProcessorConfig, VL2Config, read_config, read_processor_config
-from vl2_jax.errors import ConversationError
+from vl2_jax.errors import ConversationError, shown
 from vl2_jax.processing.conversation import (
     Conversation,
     Piece,
@@ -23,6 +23,7 @@ from vl2_jax.processing.conversation import (
     render,
 )
 from vl2_jax.processing.images import MAX_PIXELS, Picture, load_image
+from vl2_jax.processing.messages import checked_text, pictures_of, read_messages
 from vl2_jax.processing.tiling import (
     FIRST_TOKEN_ROW,
     after_tiles,
@@ -139,7 +140,7 @@ class Processor:
         """One conversation, or a list of them, as a batch.
 
         Args:
-          conversations: messages `{"role", "content", "images"}`, or a list of such lists.
+          conversations: messages `{"role", "content", "images"}` (`processing.messages`), or a list of such lists.
           padding: the side on which shorter conversations are filled up.
           inference: leave the last answer open for the model to continue; False closes it (training).
         """
@@ -151,19 +152,20 @@ class Processor:
         """One conversation. With `inference` it ends inside of the last answer: empty, or a prefix to be continued.
 
         Raises:
-          ConversationError: see `pieces_of_conversation`; or the last message is not an answer.
+          ConversationError: see `read_messages` and `pieces_of_conversation`; or the last message is not an answer.
           ImageError: see `load_image`.
         """
-        pieces = pieces_of_conversation(conversation, "bos", "eos")
+        messages = read_messages(conversation)
+        pieces = self._pieces(messages)
         if inference:
-            if pieces[-1] != Piece("token", "eos", is_answer=True):
+            if messages[-1]["role"] != "assistant":
                 raise ConversationError(
                     "the last message must be the assistant's, with empty content (or the beginning of the answer), "
-                    f"got role {conversation[-1].get('role')!r}."
+                    f"got role {messages[-1]['role']!r}."
                 )
             pieces.pop()
-        images = [image for message in conversation for image in message.get("images") or ()]
-        return self._assemble(pieces, images, render(conversation), mask_prompt=self.config.mask_prompt)
+        images = [image for message in messages for image in message["images"]]
+        return self._assemble(pieces, images, render(messages), mask_prompt=self.config.mask_prompt)
 
     def encode_apart(self, conversations: Sequence[Conversation]) -> Encoded:
         """Closed conversations that begin with the same pictures as one document, for `training.packing.pack`.
@@ -175,7 +177,7 @@ class Processor:
           ConversationError: see `encode`; or the conversations do not begin alike.
           ImageError: see `load_image`.
         """
-        pieces = [pieces_of_conversation(conversation, "bos", "eos") for conversation in conversations]
+        pieces = [self._pieces(read_messages(conversation)) for conversation in conversations]
         after = 1 + max((place for place, piece in enumerate(pieces[0]) if piece.kind == "image"), default=-1)
         if any(p[:after] != pieces[0][:after] for p in pieces):
             raise ConversationError("conversations apart must be alike until after their last picture.")
@@ -192,12 +194,16 @@ class Processor:
             branches=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
         )
 
-    def encode_text(self, text: str, images: Sequence[Picture] = (), *, inference: bool = True) -> Encoded:
-        """A bare text with `<image>` tags and no roles; every text position is a target."""
-        pieces = pieces_of_text(text, "bos", "eos")
-        if sum(piece.kind == "image" for piece in pieces) != len(images):
-            raise ConversationError(f"{len(images)} picture(s) do not match the <image> tags of {text!r:.80}.")
-        return self._assemble(pieces[: -1 if inference else None], images, text, mask_prompt=False)
+    def encode_text(self, text: str, images: Picture | Sequence[Picture] = (), *, inference: bool = True) -> Encoded:
+        """A bare text with `<image>` tags and no roles; every text position is a target.
+
+        Raises:
+          ConversationError: what is no text, or a number of tags that differs from the number of pictures.
+          ImageError: see `load_image`.
+        """
+        text, pictures = checked_text(text, "a prompt must be text"), pictures_of(images)
+        pieces = pieces_of_text(text, len(pictures), "bos", "eos", self.as_released)
+        return self._assemble(pieces[: -1 if inference else None], pictures, text, mask_prompt=False)
 
     def collate(self, encoded: Sequence[Encoded], *, padding: str = "left") -> Batch:
         """Conversations of any lengths as one batch; visual rows are renumbered for the batch's tiles."""
@@ -232,6 +238,9 @@ class Processor:
         mean, std = (self.config.image_mean, self.config.image_std) if self.config.normalize else ((0.0,), (1.0,))
         return normalise(tiles, mean, std)
 
+    def _pieces(self, messages: Conversation) -> list[Piece]:
+        return pieces_of_conversation(messages, "bos", "eos", self.as_released)
+
     def _assemble(self, pieces: list[Piece], images: Sequence[Picture], text: str, mask_prompt: bool) -> Encoded:
         pictures = [load_image(i, max_pixels=self.max_pixels, as_released=self.as_released) for i in images]
         tile_size = self.config.tile_size
@@ -258,7 +267,8 @@ class Processor:
             else:
                 new_ids = [self._token_id(piece.value)] if piece.kind == "token" else encode(piece.value)
                 rows += [TEXT] * len(new_ids)
-                labels += [IGNORED] * len(new_ids) if mask_prompt and not piece.is_answer else new_ids
+                is_target = piece.is_learned and (piece.is_answer or not mask_prompt)
+                labels += new_ids if is_target else [IGNORED] * len(new_ids)
             ids += new_ids
         return Encoded(
             input_ids=np.asarray(ids, np.int32),
@@ -287,7 +297,7 @@ def as_conversations(conversations: Conversation | Sequence[Conversation]) -> li
     """A list of conversations, from one or several."""
     if not isinstance(conversations, Sequence) or isinstance(conversations, str) or not conversations:
         raise ConversationError(
-            f"expected a conversation (a list of messages) or a list of them, got {conversations!r:.80}."
+            f"expected a conversation (a list of messages) or a list of them, got {shown(conversations)}."
         )
     is_one = not isinstance(conversations[0], Sequence)
     return [conversations] if is_one else list(conversations)  # type: ignore[list-item, arg-type]

@@ -1,7 +1,7 @@
 """Messages to the pieces a prompt is made of, in the released format (SPEC 4.5).
 
 A conversation is a list of messages `{"role": ..., "content": text, "images": [...]}`; each `<image>` in a user's text
-stands for the next picture. Two turns become
+stands for the next picture, and `\\<image>` for itself (`processing.messages`). Two turns become
 
     BOS <|User|>: q1 \n\n <|Assistant|>: a1 EOS <|User|>: q2 \n\n <|Assistant|>: a2 EOS
 """
@@ -12,16 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vl2_jax.errors import ConversationError
+from vl2_jax.errors import ConversationError, shown
+from vl2_jax.processing.messages import ESCAPED_TAG, IMAGE_TAG, TAG
 from vl2_jax.processing.tokenizer import ASSISTANT, USER
 
-IMAGE_TAG = "<image>"
 EOS_TEXT = "<｜end▁of▁sentence｜>"
-_ROLES = {
-    **dict.fromkeys((USER, "user"), "user"),
-    **dict.fromkeys((ASSISTANT, "assistant"), "assistant"),
-    **dict.fromkeys(("system", "deepseekapi-sys"), "system"),
-}
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -34,76 +29,46 @@ class Piece:
     kind: str  # "text" | "token" | "image"
     value: str = ""
     is_answer: bool = False  # a training target even when prompts are masked
+    is_learned: bool = True  # a training target where its turn is one
 
 
-def pieces_of_conversation(messages: Conversation, bos: str, eos: str) -> list[Piece]:
-    """The pieces of a whole conversation, each answer closed by `eos`.
+def pieces_of_conversation(messages: Conversation, bos: str, eos: str, as_released: bool = False) -> list[Piece]:
+    """The pieces of a whole conversation (of `messages.read_messages`), each answer closed by `eos`.
+
+    `as_released` knows no escaped tag, and refuses one in an answer or a system message.
 
     Raises:
-      ConversationError: no messages, an unknown role, a late system message, a picture in an answer, or a number of
-        `<image>` tags that differs from the number of pictures.
+      ConversationError: a late system message, or a number of tags that differs from the number of pictures.
     """
-    if not messages or isinstance(messages, str | Mapping):
-        raise ConversationError(
-            f"a conversation is a non-empty list of messages {{'role', 'content'}}, got {messages!r:.80}."
-        )
     pieces = [Piece("token", bos, is_answer=True)]
     for number, message in enumerate(messages):
-        role = role_of(message)
-        text = content_of(message).strip()
+        role, text, learned = message["role"], message["content"].strip(), message.get("learn", True)
+        if as_released and role != "user" and IMAGE_TAG in text:
+            raise ConversationError(f"message {number} holds {IMAGE_TAG}; only users send pictures.")
         if role == "user":
-            check_images(message)
-            pieces += _prompt(text)
+            pieces += _prompt(text, len(message["images"]), learned, as_released)
         elif role == "assistant":
-            if IMAGE_TAG in text or message.get("images"):
-                raise ConversationError(f"message {number} is an answer with {IMAGE_TAG}; only users send pictures.")
-            pieces += [Piece("text", text, is_answer=True), Piece("token", eos, is_answer=True)]
+            pieces += [Piece("text", text, True, learned), Piece("token", eos, True, learned)]
         elif number == 0:
-            if IMAGE_TAG in text or message.get("images"):
-                raise ConversationError(f"the system message holds {IMAGE_TAG}; only users send pictures.")
-            pieces.append(Piece("text", text))
+            pieces.append(Piece("text", text, is_learned=learned))
         else:
             raise ConversationError(f"message {number} is a system message; it can only be the first.")
     return pieces
 
 
-def pieces_of_text(text: str, bos: str, eos: str) -> list[Piece]:
-    """The pieces of a bare text without roles, as in pre-training: all of it is a target."""
-    return [
-        Piece("token", bos, is_answer=True),
-        *(_replace(piece, is_answer=True) for piece in _split_images(text)),
-        Piece("token", eos, is_answer=True),
-    ]
+def pieces_of_text(text: str, images: int, bos: str, eos: str, as_released: bool = False) -> list[Piece]:
+    """The pieces of a bare text without roles, as in pre-training: all of it is a target.
 
-
-def role_of(message: Message) -> str:
-    """user, assistant or system."""
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in _ROLES:
-        raise ConversationError(f"unknown role {role!r}; use one of {', '.join(map(repr, _ROLES))}.")
-    return _ROLES[role]
-
-
-def content_of(message: Message) -> str:
-    content = message.get("content")
-    if not isinstance(content, str):
-        raise ConversationError(f"a message's content must be text, got {type(content).__name__}.")
-    return content
-
-
-def check_images(message: Message) -> None:
-    tags, images = message["content"].count(IMAGE_TAG), len(message.get("images") or ())
-    if tags != images:
-        raise ConversationError(
-            f"{tags} {IMAGE_TAG} tag(s) but {images} picture(s) in {message['content']!r:.80}; "
-            f"write one {IMAGE_TAG} where each picture belongs."
-        )
+    Raises:
+      ConversationError: a number of tags that differs from the number of pictures.
+    """
+    body = [Piece(piece.kind, piece.value, True) for piece in _split_images(text, images, as_released)]
+    return [Piece("token", bos, is_answer=True), *body, Piece("token", eos, is_answer=True)]
 
 
 def with_image_tags(prompt: str, images: int) -> str:
     """A prompt for `images` pictures: missing tags are put in front, a line each, as the released demo does."""
-    missing = images - prompt.count(IMAGE_TAG)
-    return f"{IMAGE_TAG}\n" * missing + prompt
+    return f"{IMAGE_TAG}\n" * (images - len(TAG.findall(prompt))) + prompt
 
 
 def render(messages: Conversation, template: str = "deepseek", system: str = "") -> str:
@@ -112,7 +77,7 @@ def render(messages: Conversation, template: str = "deepseek", system: str = "")
     has_system = template.startswith("deepseek") and system
     text = system + separators[0] if has_system else ""
     for turn, message in enumerate(messages):
-        content, separator = content_of(message).strip(), separators[turn % 2]
+        content, separator = message["content"].strip(), separators[turn % 2]
         if template == "deepseek":
             text += f"{message['role']}: {content}{separator}" if content else f"{message['role']}:"
         elif template == "deepseekv2":
@@ -128,26 +93,24 @@ def render(messages: Conversation, template: str = "deepseek", system: str = "")
     return text.strip()
 
 
-def _prompt(text: str) -> list[Piece]:
-    if not text:
-        return [Piece("token", USER), Piece("text", ":"), Piece("token", ASSISTANT), Piece("text", ":")]
-    return [
-        Piece("token", USER),
-        *_split_images(f": {text}\n\n"),
-        Piece("token", ASSISTANT),
-        Piece("text", ":"),
-    ]
+def _prompt(text: str, images: int, learned: bool, as_released: bool) -> list[Piece]:
+    body = _split_images(f": {text}\n\n" if text else ":", images, as_released)
+    pieces = [Piece("token", USER), *body, Piece("token", ASSISTANT), Piece("text", ":")]
+    return [Piece(piece.kind, piece.value, is_learned=learned) for piece in pieces]
 
 
-def _split_images(text: str) -> list[Piece]:
+def _split_images(text: str, images: int, as_released: bool) -> list[Piece]:
+    parts = text.split(IMAGE_TAG) if as_released else TAG.split(text)
+    if len(parts) - 1 != images:
+        beyond = f", and {ESCAPED_TAG} where the text itself is meant" if len(parts) - 1 > images else ""
+        raise ConversationError(
+            f"{len(parts) - 1} {IMAGE_TAG} tag(s) but {images} picture(s) in {shown(text)}; "
+            f"write one {IMAGE_TAG} where each picture belongs{beyond}."
+        )
     pieces: list[Piece] = []
-    for i, part in enumerate(text.split(IMAGE_TAG)):
+    for i, part in enumerate(parts):
         if i:
             pieces.append(Piece("image"))
         if part:
-            pieces.append(Piece("text", part))
+            pieces.append(Piece("text", part if as_released else part.replace(ESCAPED_TAG, IMAGE_TAG)))
     return pieces
-
-
-def _replace(piece: Piece, is_answer: bool) -> Piece:
-    return Piece(piece.kind, piece.value, is_answer)

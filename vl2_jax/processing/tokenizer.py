@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.decoders import DecodeStream
 
-from vl2_jax.errors import CheckpointError
+from vl2_jax.errors import CheckpointError, ConversationError, shown
 from vl2_jax.files import path_of
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -83,9 +83,13 @@ class Tokenizer:
         return id_
 
     def encode(self, text: str) -> list[int]:
-        """Ids of user-written text: grounding tags keep their meaning, any other special token is plain text."""
+        """Ids of user-written text: grounding tags keep their meaning, any other special token is plain text.
+
+        Raises:
+          ConversationError: it is no text. What is not Unicode in it is encoded as U+FFFD.
+        """
         ids: list[int] = []
-        for i, part in enumerate(_GROUNDING_TAG.split(text)):
+        for i, part in enumerate(_GROUNDING_TAG.split(as_unicode(text))):
             if i % 2:
                 ids.append(self.id_of(part))
             elif part:
@@ -93,7 +97,7 @@ class Tokenizer:
         return ids
 
     def encode_as_released(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._tokenizer.encode(as_unicode(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -127,6 +131,21 @@ class AnswerStream:
     def finish(self) -> str:
         """What is left at the end: bytes that never became a character, as replacement characters."""
         return self._tokenizer.decode(self._ids)[len(self._sent) :]
+
+
+def as_unicode(text: str) -> str:
+    """Text that can be written as UTF-8: pairs of surrogates are joined, one that stands alone is U+FFFD.
+
+    Raises:
+      ConversationError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise ConversationError(f"only text can be encoded, got {type(text).__name__} {shown(text)}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 def _content(token: str | dict) -> str:

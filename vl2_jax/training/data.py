@@ -5,11 +5,10 @@ sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
-import json
+import functools
+import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -19,13 +18,16 @@ from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.processing.batch import IGNORED, Encoded, Processor
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.scenes import SceneSource
-from vl2_jax.training.formats import questions_apart, to_conversation
+from vl2_jax.training.formats import last_answer_only, questions_apart, to_conversation
 from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
+from vl2_jax.training.sources import JsonSource as JsonSource
+from vl2_jax.training.sources import open_source, parsed
 
 _READ_AHEAD = 64
 _MOST_BAD = 1000  # samples one after another, after which the data itself is bad
-_BAD = (VL2Error, ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError)  # what records raise
+_BAD = (VL2Error, OSError)  # what records raise; the system's for names of pictures that cannot be
+_LONGEST_REASON = 240  # characters
 
 
 class SampleError(VL2Error):
@@ -38,32 +40,6 @@ class BadSample:
 
     where: str
     reason: str
-
-
-class JsonSource:
-    """Records of a JSONL file, read when asked for, or of a JSON file that holds a list, by number."""
-
-    def __init__(self, path: Path):
-        if not path.is_file():
-            raise ConfigError(f"there is no data file {str(path)!r} (looked for in {Path.cwd()}); correct its path.")
-        self._path = path
-        self._list = _whole_list(path)
-        self._lines = [] if self._list else _lines_of(path)
-        if not self._list and not self._lines:
-            raise ConfigError(f"{path} holds no record.")
-
-    def __len__(self) -> int:
-        return len(self._list or self._lines)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._list:
-            where, record = f"{self._path}, record {index + 1}", self._list[index]
-        else:
-            number, begin, end = self._lines[index]
-            with self._path.open("rb") as stream:
-                stream.seek(begin)
-                where, record = f"{self._path}:{number}", stream.read(end - begin)
-        return {"where": where, "record": record, "folder": self._path.parent}
 
 
 class Encoder:
@@ -211,7 +187,8 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
         record = source[place]
         try:
             messages = _messages_of(record)
-            end = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), None)
+            answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("learn", True)]
+            end = next(iter(answers), None)
             if end:  # there is one, and something before it
                 processor.encode([*messages[:end], {"role": "assistant", "content": ""}])  # it can be asked
                 found.append((messages[:end], messages[end]["content"]))
@@ -221,17 +198,16 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"it is not valid JSON: {error.msg} at character {error.pos + 1}"
-    return str(error) if isinstance(error, VL2Error) else f"{type(error).__name__}: {error}"
+    """One short line: names of pictures and texts of records can be of any length."""
+    return textwrap.shorten(str(error), _LONGEST_REASON, placeholder="...")
 
 
 def _messages_of(record: dict[str, Any]) -> Conversation:
     if "messages" in record:  # of a scene
-        return record["messages"]
-    content = record["record"]
-    content = json.loads(content) if isinstance(content, bytes) else content
-    return to_conversation(content, record["folder"])
+        messages = record["messages"]
+    else:
+        messages = to_conversation(parsed(record["record"]), record["folder"])
+    return last_answer_only(messages) if record.get("last_answer_only") else messages
 
 
 def _mixed(recipe: DataRecipe, share: int, shares: int) -> grain.MapDataset:
@@ -252,32 +228,10 @@ def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.Map
     if source.scenes is not None:
         records = grain.MapDataset.source(SceneSource(source.scenes, source.sizes))
     else:
-        records = grain.MapDataset.source(JsonSource(Path(source.path or "")))
+        records = grain.MapDataset.source(open_source(source.path or "", source.images))
         records = records.shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
-    return records.map(_with_questions_apart) if source.apart else records
+    return records.map(functools.partial(_as_described, source)) if source.apart or source.last_answer_only else records
 
 
-def _with_questions_apart(record: dict[str, Any]) -> dict[str, Any]:
-    return record | {"apart": True}
-
-
-def _whole_list(path: Path) -> list[Any]:
-    """The records of a JSON list; nothing if the file holds a record a line."""
-    with path.open("rb") as stream:
-        if stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"[":
-            return []
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path} begins like a JSON list and is not one: {error}.") from None
-
-
-def _lines_of(path: Path) -> list[tuple[int, int, int]]:
-    """(line number, begin, end) of every line that is not empty."""
-    lines, begin = [], 0
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                lines.append((number, begin, begin + len(line)))
-            begin += len(line)
-    return lines
+def _as_described(source: SourceRecipe, record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"apart": source.apart, "last_answer_only": source.last_answer_only}

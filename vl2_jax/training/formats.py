@@ -2,48 +2,82 @@
 
     LLaVA, ShareGPT   {"conversations": [{"from": "human", "value": "<image>\\n..."}, ...], "image" | "images": ...}
     ms-swift          {"messages": [{"role", "content"}], "images": [...], "objects": {"ref", "bbox", ...}}
+                      {"query", "response", "history": [[query, response], ...]}
     OpenAI            {"messages": [{"role", "content": [{"type": "text", ...}, {"type": "image_url", ...}]}]}
     Hugging Face      {"messages" | "prompt" + "completion", "images" | "image"}, with {"type": "image"} parts
+                      {"images", "texts": [{"user", "assistant"}, ...]}
+    Alpaca            {"instruction", "input", "output"}
     columns           {"image", "question", "answer"}
 
-Boxes in `objects` become the model's own tags and 0 to 999 coordinates (SPEC 4.10).
+Messages are read as those of any conversation (`processing.messages`); boxes become the model's own (`training.boxes`).
 """
 
 from __future__ import annotations
 
-import base64
-import re
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-from vl2_jax.errors import ConversationError
-from vl2_jax.processing.conversation import IMAGE_TAG
-from vl2_jax.processing.grounding import write_boxes
-from vl2_jax.processing.images import load_image
+from vl2_jax.errors import ConversationError, shown
+from vl2_jax.processing.messages import (
+    SWITCHES,
+    TAG,
+    checked_text,
+    given,
+    is_empty,
+    pictures_of,
+    plain,
+    read_messages,
+    refuse_other_media,
+    switch,
+)
+from vl2_jax.training.boxes import place_objects, with_boxes_that_can_be_read
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
-_BESIDE = 0.02  # of a side: boxes of many data sets go a little over the edge
-_PLACEHOLDER = re.compile(r"<(ref-object|bbox)>")
+_LISTS = ("messages", "conversations", "conversation", "texts")
+_QUESTIONS = ("question", "query", "instruction", "prompt", "user", "input")
+_ANSWERS = ("answer", "response", "output", "completion", "assistant")
 
 
-def to_conversation(record: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+def to_conversation(record: Any, folder: Path) -> list[dict[str, Any]]:
     """Messages `{"role", "content", "images"}` of one record; relative picture paths start at `folder`.
 
+    Answers that teach nothing have `"learn": False`: those that the record says are not to be learned, and empty ones.
+
     Raises:
-      ConversationError: the record has none of the known forms, or its tags and pictures do not match.
+      ConversationError: the record has none of the known forms, its tags and pictures do not match, or its boxes cannot
+        be what the model writes.
+      ImageError: a picture that boxes lie on cannot be read.
     """
+    record = plain(record)
+    if isinstance(record, list) and record and all(isinstance(message, Mapping) for message in record):
+        record = {"messages": record}
     if not isinstance(record, Mapping):
         raise ConversationError(f"a record must be a JSON object, got {type(record).__name__}.")
-    unknown = [key for key in ("videos", "video", "audios", "audio") if record.get(key)]
-    if unknown:
-        raise ConversationError(f"a record has {unknown[0]}, which the model cannot take.")
-    pictures = [_picture(item, folder) for item in _listed(record.get("images") or record.get("image"))]
-    messages = [_message(message, pictures, folder) for message in _turns(record)]
-    if record.get("system"):
-        messages.insert(0, {"role": "system", "content": str(record["system"]), "images": []})
-    _place_objects(messages, record.get("objects"), pictures)
-    return _with_images(messages, pictures)
+    refuse_other_media(record, "record")
+    found = partial(_in_folder, folder)
+    pictures = pictures_of(_opened(record.get("images")), found) or pictures_of(_opened(record.get("image")), found)
+    messages = read_messages([*_system(record), *_turns(record)], pictures, found)
+    place_objects(messages, _opened(record.get("objects")), [image for m in messages for image in m["images"]])
+    unlearned = _unlearned(record, messages)
+    question = ""
+    for number, message in enumerate(messages):
+        if message["role"] == "user":
+            question = message["content"]
+        elif message["role"] == "assistant" and message.get("learn", True):
+            if number in unlearned or not message["content"].strip():
+                message["learn"] = False
+            else:
+                message["content"] = with_boxes_that_can_be_read(message["content"], question)
+    return messages
+
+
+def last_answer_only(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation of which no answer but the last is learned."""
+    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    return [dict(message) | ({} if number == last else {"learn": False}) for number, message in enumerate(messages)]
 
 
 def questions_apart(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -60,144 +94,105 @@ def questions_apart(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str
         raise ConversationError(f"questions apart need pairs of user and assistant, got {', '.join(roles) or 'none'}.")
     if any(question.get("images") for question in questions[1:]):
         raise ConversationError("questions apart need all pictures in the first question; a later one shows some.")
-    pictures, end = questions[0].get("images") or [], questions[0]["content"].rfind(IMAGE_TAG)
-    shown = questions[0]["content"][: end + len(IMAGE_TAG)] + "\n" if end >= 0 else ""
-    asked = [question | {"content": shown + question["content"], "images": pictures} for question in questions[1:]]
+    pictures, text = questions[0].get("images") or [], questions[0]["content"]
+    end = max((tag.end() for tag in TAG.finditer(text)), default=0)
+    before = text[:end] + "\n" if end else ""
+    asked = [question | {"content": before + question["content"], "images": pictures} for question in questions[1:]]
     return [[*system, *pair] for pair in zip([questions[0], *asked], answers, strict=True)]
 
 
-def _turns(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    for key in ("messages", "conversations"):
-        if isinstance(record.get(key), Sequence) and not isinstance(record[key], str):
-            return list(record[key])
-    if "prompt" in record and "completion" in record:
-        prompt, completion = record["prompt"], record["completion"]
-        if isinstance(prompt, str):
-            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        return [*prompt, *completion]
-    if "question" in record and "answer" in record:
-        return [{"role": "user", "content": record["question"]}, {"role": "assistant", "content": record["answer"]}]
-    raise ConversationError(
-        f"a record with the keys {', '.join(map(repr, record)) or 'none'} is not understood; expected 'messages', "
-        "'conversations', 'prompt' and 'completion', or 'question' and 'answer'."
-    )
-
-
-def _message(message: Any, pictures: list[Any], folder: Path) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise ConversationError(f"a message must be an object, got {message!r:.80}.")
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value", ""))
-    images = [_picture(item, folder) for item in _listed(message.get("images"))]
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        text = ""
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "text":
-                text += part.get("text", "")
-            elif kind in ("image", "image_url"):
-                text += IMAGE_TAG + "\n"
-                inline = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
-                inline = inline.get("url") if isinstance(inline, Mapping) else inline
-                if inline is not None:
-                    images.append(_picture(inline, folder))
-            else:
-                raise ConversationError(f"a part of a message has the unknown type {kind!r}; use text or image_url.")
-        content = text
-    if not isinstance(content, str):
-        raise ConversationError(f"a message's content must be text or parts, got {type(content).__name__}.")
-    return {"role": _ROLES.get(role, role), "content": content, "images": images}
-
-
-def _with_images(messages: list[dict[str, Any]], pictures: list[Any]) -> list[dict[str, Any]]:
-    """Gives each message the pictures of its tags; pictures without any tag stand before the first question."""
-    if pictures and not any(IMAGE_TAG in message["content"] for message in messages):
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is not None:
-            first["content"] = f"{IMAGE_TAG}\n" * len(pictures) + first["content"]
-    left = list(pictures)
-    for message in messages:
-        missing = message["content"].count(IMAGE_TAG) - len(message["images"])
-        if 0 < missing <= len(left):
-            message["images"] += left[:missing]
-            left = left[missing:]
-    if left:
-        tags = sum(message["content"].count(IMAGE_TAG) for message in messages)
+def _turns(record: Mapping[str, Any]) -> list[Any]:
+    """The messages of a record, in whatever form they have."""
+    for key in _LISTS:
+        turns = _opened(record.get(key))
+        if isinstance(turns, list):
+            return [message for turn in turns for message in _of_turn(turn)]
+    pair = _pair(record)
+    if pair is None:
         raise ConversationError(
-            f"{tags} {IMAGE_TAG} tag(s) but {len(pictures)} picture(s); write one for each picture."
+            f"a record with the keys {shown(', '.join(map(str, record)) or 'none')} is not understood; expected "
+            "'messages', 'conversations', or a question and its answer, such as 'query' and 'response'."
         )
-    return messages
+    history = [] if is_empty(record.get("history")) else _opened(record["history"])
+    if not isinstance(history, list):
+        raise ConversationError(f"'history' must be a list of pairs, got {shown(history)}.")
+    return [*(message for turn in history for message in _of_turn(turn)), *pair]
 
 
-def _place_objects(messages: list[dict[str, Any]], objects: Any, pictures: list[Any]) -> None:
-    """`<ref-object>` and `<bbox>` placeholders to the model's tags, in the order they stand."""
-    if not objects:
-        return
-    if not isinstance(objects, Mapping):
-        raise ConversationError(f"'objects' must hold 'ref' and 'bbox', got {type(objects).__name__}.")
-    refs, rows = list(objects.get("ref") or ()), list(objects.get("bbox") or ())
-    of_picture = list(objects.get("image_id") or [0] * len(rows))
-    if len(of_picture) != len(rows):
-        raise ConversationError(f"'objects' has {len(rows)} boxes and {len(of_picture)} image_id.")
-    kind_of_box = objects.get("bbox_type", "real")
-    if kind_of_box not in ("real", "norm1"):
-        raise ConversationError(f"bbox_type is {kind_of_box!r}; expected 'real' (pixels) or 'norm1' (0 to 1).")
-    taken = {"ref-object": 0, "bbox": 0}
-
-    def replaced(match: re.Match[str]) -> str:
-        kind = match.group(1)
-        number = taken[kind]
-        taken[kind] += 1
-        if number >= len(refs if kind == "ref-object" else rows):
-            raise ConversationError(f"more <{kind}> placeholders than entries in 'objects'.")
-        if kind == "ref-object":
-            return f"<|ref|>{refs[number]}<|/ref|>"
-        if not 0 <= of_picture[number] < len(pictures):
-            raise ConversationError(f"a box belongs to picture {of_picture[number]}, but there are {len(pictures)}.")
-        size = (1, 1) if kind_of_box == "norm1" else load_image(pictures[of_picture[number]]).size
-        _check_box(rows[number], *size)
-        return write_boxes([rows[number]], *size)
-
-    for message in messages:
-        message["content"] = _PLACEHOLDER.sub(replaced, message["content"])
-    if taken != {"ref-object": len(refs), "bbox": len(rows)}:
-        raise ConversationError(
-            f"'objects' has {len(refs)} ref and {len(rows)} bbox, of which {taken['ref-object']} and {taken['bbox']} "
-            "have a placeholder <ref-object> or <bbox>."
-        )
+def _of_turn(turn: Any) -> list[Any]:
+    """One item of a list: a message, or a question and its answer as a pair or an object."""
+    if isinstance(turn, list) and len(turn) == 2:
+        return [*_as_messages(turn[0], "user"), *_as_messages(turn[1], "assistant")]
+    pair = _pair(turn)
+    if pair is None:
+        return [turn]
+    switches = {key: turn[key] for key in SWITCHES if key in turn}
+    return [*_system(turn), *pair[:-1], {**pair[-1], **switches}]
 
 
-def _check_box(box: Any, width: float, height: float) -> None:
-    """Raises ConversationError for what is no rectangle of the picture; edges may lie outside by a little."""
-    if not (isinstance(box, Sequence) and len(box) == 4 and all(type(edge) in (int, float) for edge in box)):
-        raise ConversationError(f"the box {box!r:.80} of 'objects' is not four numbers x1, y1, x2, y2.")
-    x1, y1, x2, y2 = box
-    x, y = _BESIDE * width, _BESIDE * height
-    if not (-x <= x1 <= x2 <= width + x and -y <= y1 <= y2 <= height + y):
-        raise ConversationError(f"the box {box} is not inside of its picture of {width} x {height}; see bbox_type.")
+def _pair(of: Any) -> list[Any] | None:
+    """Question and answer as messages, of an object that has them as columns; None if it has not."""
+    if not isinstance(of, Mapping) or given(of, "role", "from") is not None:
+        return None
+    asked = next((key for key in _QUESTIONS if of.get(key) is not None), None)
+    answered = [key for key in _ANSWERS if key in of]
+    if asked is None or not answered:
+        return None
+    question = of[asked]
+    if asked == "instruction" and not is_empty(of.get("input")):
+        texts = (checked_text(text, "an instruction and its input must be text") for text in (question, of["input"]))
+        question = "\n".join(texts)
+    return [*_as_messages(question, "user"), *_as_messages(given(of, *answered), "assistant")]
 
 
-def _picture(item: Any, folder: Path) -> Any:
-    """A path, the bytes of a data URL, or what Pillow and NumPy hold already."""
-    if isinstance(item, Mapping):  # Hugging Face: {"bytes", "path"}
-        return item["bytes"] if item.get("bytes") else _picture(item.get("path"), folder)
-    if not isinstance(item, str):
-        return item
-    if item.startswith("data:"):
+def _system(of: Mapping[str, Any]) -> list[Any]:
+    return [{"role": "system", "content": of["system"]}] if not is_empty(of.get("system")) else []
+
+
+def _as_messages(value: Any, role: str) -> list[Any]:
+    """Messages as they are; text or parts as one message."""
+    if isinstance(value, list) and value:
+        if all(isinstance(item, Mapping) and given(item, "role", "from") is not None for item in value):
+            return value
+        if len(value) > 1 and all(isinstance(item, str) for item in value):
+            raise ConversationError(f"{len(value)} texts where one is expected, {shown(value)}.")
+    return [{"role": role, "content": value}]
+
+
+def _opened(value: Any) -> Any:
+    """A list or an object that a table holds as JSON text."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return base64.b64decode(item.partition(",")[2], validate=True)
-        except ValueError:
-            raise ConversationError("a picture's data URL is not valid base64.") from None
-    if item.startswith(("http://", "https://")):
-        raise ConversationError(f"{item!r:.80} is not fetched; download pictures and give their paths.")
-    return str(folder / item.removeprefix("file://"))
+            return plain(json.loads(value))
+        except (ValueError, RecursionError):
+            return value
+    return value
 
 
-def _listed(value: Any) -> list[Any]:
-    return (
-        []
-        if value is None
-        else list(value)
-        if isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        else [value]
-    )
+def _unlearned(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Numbers of messages that a record says are not learned: with one word for all of them, or one for each."""
+    everything = list(range(len(messages)))
+    turns = [number for number in everything if messages[number]["role"] != "system"]
+    answers = [number for number in everything if messages[number]["role"] == "assistant"]
+    unlearned: set[int] = set()
+    for key in SWITCHES:
+        says = _opened(record.get(key))
+        says = says if isinstance(says, list) else [says] * len(messages)
+        places = next((places for places in (everything, turns, answers) if len(places) == len(says)), [])
+        unlearned |= {place for place, value in zip(places, says) if _is_said(key, value) and not switch(key, value)}
+    return unlearned
+
+
+def _is_said(key: str, value: Any) -> bool:
+    """Whether a record's own key is about learning; class labels, masks and weights of records have such names too."""
+    is_number = isinstance(value, int | float) and value in (0, 1)
+    return isinstance(value, bool) or (is_number and key not in ("label", "mask", "masked"))
+
+
+def _in_folder(folder: Path, picture: Any) -> Any:
+    """A picture in hand, or the path of one."""
+    if not isinstance(picture, str):
+        return picture
+    if picture.startswith(("http://", "https://")):
+        raise ConversationError(f"{shown(picture)} is not fetched; download pictures and give their paths.")
+    return str(folder / (unquote(picture[7:]) if picture.startswith("file://") else picture))

@@ -61,9 +61,11 @@ class SourceRecipe:
     """One set of conversations.
 
     Attributes:
-      path: a JSONL file, or a JSON file that holds a list (see `training.formats`); or
+      path: a file of records: JSON lines, a JSON list, Parquet, Arrow, CSV (see `training.sources`); or
       scenes: seed of drawn scenes (see `vl2_jax.scenes`).
       weight: how often it is drawn from, relative to the others.
+      images: folder in which relative paths of pictures begin; `None` is that of the file.
+      last_answer_only: of each conversation, only the last answer is learned.
       apart: every question is asked by itself about the pictures of its conversation, which are computed once: no
         answer can be copied from one before it.
       sizes: of scenes.
@@ -72,6 +74,8 @@ class SourceRecipe:
     path: str | None = None
     scenes: int | None = None
     weight: float = 1.0
+    images: str | None = None
+    last_answer_only: bool = False
     apart: bool = False
     sizes: SceneSizes = SceneSizes()
 
