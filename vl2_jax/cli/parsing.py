@@ -1,0 +1,139 @@
+"""From a command line to the command it asks for, or to one line that says what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import io
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import tyro
+
+from vl2_jax import __version__
+from vl2_jax.cli.chat import chat
+from vl2_jax.cli.convert import convert
+from vl2_jax.cli.doctor import doctor
+from vl2_jax.cli.evaluate import evaluate
+from vl2_jax.cli.export import export
+from vl2_jax.cli.generate import generate
+from vl2_jax.cli.info import info
+from vl2_jax.cli.plan import plan
+from vl2_jax.cli.terminal import one_line
+from vl2_jax.cli.train import train
+from vl2_jax.cli.verify import verify
+from vl2_jax.errors import shown
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "export": export,
+    "train": train,
+    "eval": evaluate,
+    "verify": verify,
+    "info": info,
+    "plan": plan,
+    "doctor": doctor,
+}
+_DESCRIPTION = """DeepSeek-VL2: look at pictures, talk about them, point at things in them.
+`vl2 COMMAND --help` shows the flags of a command and an example; `vl2 --version` the version."""
+_HELP_FLAGS = ("-h", "--help")
+_KINDS = {"INT": "a whole number", "FLOAT": "a number"}
+_WRONG = 2  # the exit code of a command line that cannot be read
+_LONGEST = 200  # characters of what the parser says
+
+
+def parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """The command with its arguments, ready to be called. Help and mistakes are printed, and end the process."""
+    if list(arguments) == ["--version"]:
+        print(f"vl2 {__version__}")
+        sys.exit()
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return _read(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            print(f"vl2: {_mistake(arguments, printed.getvalue())}", file=sys.stderr)
+            sys.exit(_WRONG)
+        raise
+
+
+def _read(arguments: Sequence[str]) -> Callable[[], None]:
+    """Of the list of all commands, a line each; of a command, all that its docstring says."""
+    app = tyro.extras.SubcommandApp()
+    lists_commands = bool(arguments) and arguments[0] in _HELP_FLAGS
+    for name, command in COMMANDS.items():
+        summary = (command.__doc__ or "").partition("\n\n")[0] if lists_commands else None
+        app.command(_deferred(command), name=name, help=summary)
+    return app.cli(prog="vl2", description=_DESCRIPTION, args=arguments)
+
+
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The command, to be run after its arguments were read: then what it writes is its own, and not of the parser."""
+
+    @functools.wraps(command)
+    def with_arguments(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(command, *arguments, **options)
+
+    return with_arguments
+
+
+def _mistake(arguments: Sequence[str], printed: str) -> str:
+    """One line about a command line that the parser refused, from what it printed in a frame of several."""
+    name, *rest = arguments or [""]
+    if name not in COMMANDS:
+        if not name or name.startswith("-"):
+            return f"give a command first: {', '.join(COMMANDS)}; `vl2 --help` says what they do."
+        return f"there is no command {shown(name)}; {_meant(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"
+    return f"{_reason(name, rest, printed)}; `vl2 {name} --help` shows all flags."
+
+
+def _reason(name: str, given: Sequence[str], printed: str) -> str:
+    usage = _help(name)
+    known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", usage))
+    flags = (argument.partition("=")[0] for argument in given if argument.startswith("--"))
+    unknown = next((flag for flag in flags if flag != "--" and flag.replace("_", "-") not in known), None)
+    if unknown is not None:
+        meant = _meant(unknown, known)
+        return f"{name} has no flag {shown(unknown)}{meant and f' ({meant})'}"
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()[1:]  # the first is a title in the frame
+    part = list(itertools.takewhile(lambda line: not line.startswith(("│ ──", "╰")), lines))
+    said = one_line(" ".join(line.strip("│ ") for line in part))
+    if said.startswith("Missing from"):
+        missing = [match[1] for line in part if (match := re.match(r"│ {5}(\S+)", line))]
+        return f"{name} needs {' and '.join(missing)}"
+    if match := re.match(r"Missing value for argument '(\S+)'", said):
+        return f"{match[1]} needs a value; one that begins with -- is written {match[1]}=VALUE"
+    if match := re.match(r"Unrecognized options: (.*)", said):
+        return f"{shown(match[1])} belongs to no flag: quote what has blanks, and repeat a flag for each of its values"
+    if match := re.match(r"(?:Error parsing|invalid choice .* for argument) '?(--[\w-]+)", said):
+        kind = next(iter(re.findall(rf"│ {match[1]} (\S+)", usage)), "another value").removeprefix("{None}|")
+        return f"{match[1]} takes {_KINDS.get(kind, kind)}, not {shown(_value_of(match[1], given))}"
+    return said if len(said) <= _LONGEST else said[:_LONGEST] + "..."
+
+
+def _value_of(flag: str, given: Sequence[str]) -> str:
+    """What stands after a flag, where it was given last."""
+    for number, argument in reversed(list(enumerate(given))):
+        name, is_joined, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            return value if is_joined else " ".join(given[number + 1 : number + 2])
+    return ""
+
+
+def _meant(given: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(given, sorted(known), n=1)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _help(name: str) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        _read([name, "--help"])
+    return printed.getvalue()
