@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from vl2_jax.cli.flags import Destination, ModelName
+from typing import Annotated
+
+import tyro
+
+from vl2_jax.cli.flags import Destination
 from vl2_jax.cli.terminal import messages, tell
 from vl2_jax.progress import Display
 
 
-def convert(source: ModelName, destination: Destination, dtype: str | None = None) -> None:
+def convert(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    destination: Destination,
+    dtype: str | None = None,
+) -> None:
     """Released Hugging Face directory (or hub id) to a converted checkpoint.
 
     Example: vl2 convert deepseek-ai/deepseek-vl2-tiny tiny --dtype bfloat16

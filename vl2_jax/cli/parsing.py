@@ -36,8 +36,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "eval": evaluate,
     "verify": verify,
-    "info": info,
     "plan": plan,
+    "info": info,
     "doctor": doctor,
 }
 _DESCRIPTION = """DeepSeek-VL2: look at pictures, talk about them, point at things in them.
@@ -53,13 +53,12 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     if list(arguments) == ["--version"]:
         print(f"vl2 {__version__}")
         sys.exit()
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(io.StringIO()):
             return _read(arguments)
     except SystemExit as ended:
         if ended.code:
-            print(f"vl2: {_mistake(arguments, printed.getvalue())}", file=sys.stderr)
+            print(f"vl2: {_mistake(arguments)}", file=sys.stderr)
             sys.exit(_WRONG)
         raise
 
@@ -84,36 +83,38 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return with_arguments
 
 
-def _mistake(arguments: Sequence[str], printed: str) -> str:
-    """One line about a command line that the parser refused, from what it printed in a frame of several."""
+def _mistake(arguments: Sequence[str]) -> str:
+    """One line about a command line that the parser refused, from what it prints: a title and parts between rules."""
     name, *rest = arguments or [""]
     if name not in COMMANDS:
         if not name or name.startswith("-"):
             return f"give a command first: {', '.join(COMMANDS)}; `vl2 --help` says what they do."
         return f"there is no command {shown(name)}; {_meant(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"
-    return f"{_reason(name, rest, printed)}; `vl2 {name} --help` shows all flags."
+    return f"{_reason(name, rest)}; `vl2 {name} --help` shows all flags."
 
 
-def _reason(name: str, given: Sequence[str], printed: str) -> str:
-    usage = _help(name)
+def _reason(name: str, given: Sequence[str]) -> str:
+    usage, _ = _printed([name, "--help"])
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", usage))
     flags = (argument.partition("=")[0] for argument in given if argument.startswith("--"))
     unknown = next((flag for flag in flags if flag != "--" and flag.replace("_", "-") not in known), None)
     if unknown is not None:
         meant = _meant(unknown, known)
         return f"{name} has no flag {shown(unknown)}{meant and f' ({meant})'}"
-    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()[1:]  # the first is a title in the frame
-    part = list(itertools.takewhile(lambda line: not line.startswith(("│ ──", "╰")), lines))
-    said = one_line(" ".join(line.strip("│ ") for line in part))
+    _, printed = _printed([name, *given])
+    part = list(itertools.takewhile(lambda line: not line.strip().startswith("---"), printed.splitlines()[2:]))
+    said = one_line(" ".join(line.strip() for line in part))
     if said.startswith("Missing from"):
-        missing = [match[1] for line in part if (match := re.match(r"│ {5}(\S+)", line))]
+        missing = [match[1] for line in part if (match := re.match(r" {6}(\S+)", line))]
         return f"{name} needs {' and '.join(missing)}"
     if match := re.match(r"Missing value for argument '(\S+)'", said):
         return f"{match[1]} needs a value; one that begins with -- is written {match[1]}=VALUE"
     if match := re.match(r"Unrecognized options: (.*)", said):
         return f"{shown(match[1])} belongs to no flag: quote what has blanks, and repeat a flag for each of its values"
     if match := re.match(r"(?:Error parsing|invalid choice .* for argument) '?(--[\w-]+)", said):
-        kind = next(iter(re.findall(rf"│ {match[1]} (\S+)", usage)), "another value").removeprefix("{None}|")
+        kind = next(iter(re.findall(rf"^ *{match[1]} (\S+)", usage, re.MULTILINE)), "another value").removeprefix(
+            "{None}|"
+        )
         return f"{match[1]} takes {_KINDS.get(kind, kind)}, not {shown(_value_of(match[1], given))}"
     return said if len(said) <= _LONGEST else said[:_LONGEST] + "..."
 
@@ -132,8 +133,9 @@ def _meant(given: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def _help(name: str) -> str:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-        _read([name, "--help"])
-    return printed.getvalue()
+def _printed(arguments: Sequence[str]) -> tuple[str, str]:
+    """What the parser writes to standard output and standard error, in plain letters without frames."""
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
+        _read(arguments)
+    return tuple(re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()) for stream in (out, errors))
