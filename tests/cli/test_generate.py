@@ -1,5 +1,6 @@
 """What `vl2 generate` gives to a model, and what it makes of the answer."""
 
+import io
 import json
 import sys
 from dataclasses import fields
@@ -88,9 +89,7 @@ def test_several_answers_are_numbered_and_each_is_an_object_of_its_own(model, ca
     assert answers[0]["timings"].keys() == {"new_tokens", "load_seconds"}
 
 
-def test_an_answer_in_letters_that_the_output_lacks_does_not_end_in_a_traceback(model, monkeypatch, capsysbinary):
-    import io
-
+def test_an_answer_in_letters_that_the_output_lacks_does_not_end_in_a_traceback(model, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252", write_through=True))
     model.words = ["红色 é"]
@@ -108,11 +107,8 @@ def test_an_answer_does_not_steer_the_terminal(model, monkeypatch, capsys):
     assert capsys.readouterr().out == "a\ufffd[2Jb\n\ufffdc\n"
 
 
-@pytest.mark.parametrize("path", ["[red]nowhere[/red].png", "[/INST].png", ":eyes:.png"])
-def test_brackets_and_colons_of_a_path_are_no_markup(model, tmp_path, monkeypatch, capsys, path):
+@pytest.mark.parametrize("name", ["[red]b.png", "[bold].png", ":eyes:.png", r"\[a].png"])
+def test_brackets_and_colons_of_a_path_are_no_markup(model, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "[red]").mkdir()
-    shown = path.replace("nowhere[/", "nowhere[")  # a slash is a folder
-    command = ["generate", "--model", "m", "--prompt", "x", "--image", PICTURE, "--save-boxes", shown.replace("/", "")]
-    main(command)
-    assert shown.replace("/", "") in capsys.readouterr().err
+    main(["generate", "--model", "m", "--prompt", "x", "--image", PICTURE, "--save-boxes", name])
+    assert capsys.readouterr().err == f"0 box(es) drawn on {name}\n"

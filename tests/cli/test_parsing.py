@@ -1,5 +1,7 @@
 """Every command's help, and the one line that a mistyped command line gets."""
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -83,9 +85,6 @@ def test_a_mistyped_command_line_gets_one_line(capsys, command, message):
 
 
 def _printed(arguments: list[str]) -> str:
-    import contextlib
-    import io
-
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
         main(arguments)
