@@ -25,7 +25,6 @@ from vl2_jax.errors import CheckpointError
 from vl2_jax.files import is_remote, path_of
 from vl2_jax.inference.generate import Answer, Generator, Memory, bucket, matmul_precision
 from vl2_jax.inference.sampling import SamplingOptions
-from vl2_jax.installation import install_line
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
@@ -148,7 +147,9 @@ def _on_bucket(directory: Path) -> Path:
     try:
         found = (directory / CONFIG_FILE).is_file()
     except ImportError as error:
-        raise CheckpointError(f"reading {directory} needs another package ({error}): {install_line('gcs')}") from None
+        raise CheckpointError(
+            f"reading {directory} needs another package ({error}): pip install 'vl2-jax[gcs]'"
+        ) from None
     except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
         raise CheckpointError(f"{directory} cannot be read ({error}); check its name and your credentials.") from None
     return _with_config(directory, found)

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs one command; what a user can do wrong ends in one line and a code: 2 for a command line, else 1."""
     try:  # imports are inside: Ctrl-C may come while they last
         from vl2_jax.cli.parsing import parse
-        from vl2_jax.cli.terminal import accept_any_text, one_line
+        from vl2_jax.cli.terminal import accept_any_text, on_one_line
         from vl2_jax.errors import VL2Error
 
         accept_any_text()
@@ -26,10 +26,10 @@ def main(arguments: list[str] | None = None) -> None:
         except BrokenPipeError:  # `vl2 info M | head`: whoever read us has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except VL2Error as error:
-            sys.exit(_told(one_line(str(error))))
+            sys.exit(_told(on_one_line(str(error))))
         except OSError as error:  # a full disk, a folder without permission
             where = f": {error.filename}" if error.filename else ""
-            sys.exit(_told(one_line(f"{error.strerror or error}{where}")))
+            sys.exit(_told(on_one_line(f"{error.strerror or error}{where}")))
     except KeyboardInterrupt:
         _told("interrupted")
         sys.exit(_INTERRUPTED)

@@ -6,19 +6,18 @@ import codecs
 import os
 import re
 import shlex
-import stat
 import sys
 from collections.abc import Sequence
 
 from PIL import Image
 
-from vl2_jax.errors import ImageError, RequestError, shown
+from vl2_jax.errors import RequestError, shown
 from vl2_jax.files import is_remote, path_of
 from vl2_jax.processing.images import load_image
 
 STANDARD_INPUT = "-"
 _LONGEST_PROMPT = 10_000_000  # bytes
-_LARGEST_FILE = 1 << 30  # bytes of a picture that comes through a pipe, which may have no end
+_LARGEST_FILE = 1 << 30  # bytes of a picture
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_ORDERS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 _DRIVE = re.compile(r"""["']?[A-Za-z]:\\""")
@@ -102,23 +101,7 @@ def are_dropped_files(line: str) -> bool:
 def _source(name: str) -> str | bytes:
     if name == STANDARD_INPUT:
         return _standard_input(_LARGEST_FILE)
-    if is_remote(name) or name.startswith("data:"):
-        return name
-    path = path_of(name)
-    try:
-        kind = path.stat().st_mode
-    except (OSError, ValueError):
-        return os.fspath(path)
-    if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
-        return os.fspath(path)
-    try:
-        with path.open("rb") as stream:  # a pipe, such as the /dev/fd/63 of `--image <(curl ...)`: it is read once
-            data = stream.read(_LARGEST_FILE + 1)
-    except OSError as error:
-        raise ImageError(f"image {shown(name)} cannot be read ({error.strerror}).") from None
-    if len(data) > _LARGEST_FILE:
-        raise ImageError(f"image {shown(name)} goes on after {_LARGEST_FILE:,} bytes; give a file.")
-    return data
+    return name if is_remote(name) or name.startswith("data:") else os.fspath(path_of(name))
 
 
 def _standard_input(limit: int) -> bytes:

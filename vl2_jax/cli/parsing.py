@@ -23,7 +23,7 @@ from vl2_jax.cli.export import export
 from vl2_jax.cli.generate import generate
 from vl2_jax.cli.info import info
 from vl2_jax.cli.plan import plan
-from vl2_jax.cli.terminal import one_line
+from vl2_jax.cli.terminal import on_one_line
 from vl2_jax.cli.train import train
 from vl2_jax.cli.verify import verify
 from vl2_jax.errors import shown
@@ -103,7 +103,7 @@ def _reason(name: str, given: Sequence[str]) -> str:
         return f"{name} has no flag {shown(unknown)}{meant and f' ({meant})'}"
     _, printed = _printed([name, *given])
     part = list(itertools.takewhile(lambda line: not line.strip().startswith("---"), printed.splitlines()[2:]))
-    said = one_line(" ".join(line.strip() for line in part))
+    said = on_one_line(" ".join(line.strip() for line in part))
     if said.startswith("Missing from"):
         missing = [match[1] for line in part if (match := re.match(r" {6}(\S+)", line))]
         return f"{name} needs {' and '.join(missing)}"

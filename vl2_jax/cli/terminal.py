@@ -32,7 +32,7 @@ def tell(line: str, style: str = "") -> None:
     messages.print(line.translate(_STEERING), style=style, soft_wrap=True)
 
 
-def one_line(text: str) -> str:
+def on_one_line(text: str) -> str:
     return " ".join(text.splitlines()).translate(_STEERING)
 
 
