@@ -31,23 +31,13 @@ def read_prompt(prompt: str, file: str | None) -> str:
     """
     if file is not None and prompt:
         raise RequestError("give the question with --prompt or with --prompt-file, not with both.")
-    source = file if file is not None else prompt
-    name = (
-        "standard input" if source == STANDARD_INPUT else "--prompt" if file is None else f"--prompt-file {shown(file)}"
-    )
-    if source == STANDARD_INPUT:
-        data = _standard_input(_LONGEST_PROMPT)
-    elif file is None:
-        data = None
+    if STANDARD_INPUT in (prompt, file):
+        where, text = " in standard input", _decoded(_standard_input(_LONGEST_PROMPT), "standard input")
+    elif file is not None:
+        where, text = f" in {shown(file)}", _decoded(_content_of(file), shown(file))
     else:
-        try:
-            with path_of(file).open("rb") as stream:
-                data = stream.read(_LONGEST_PROMPT + 1)
-        except OSError as error:
-            raise RequestError(f"{name} cannot be read ({error.strerror}); give a file of text.") from None
-    text = readable(prompt) if data is None else _decoded(data, name)
+        where, text = "", readable(prompt)
     if not text.strip():
-        where = "" if name == "--prompt" else f" in {name}"
         raise RequestError(f"there is no question{where}; give the question with --prompt or --prompt-file.")
     return text
 
@@ -113,11 +103,19 @@ def _standard_input(limit: int) -> bytes:
     return data
 
 
+def _content_of(file: str) -> bytes:
+    try:
+        with path_of(file).open("rb") as stream:
+            return stream.read(_LONGEST_PROMPT + 1)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--prompt-file {shown(file)} cannot be read ({error}); give a file of text.") from None
+
+
 def _decoded(data: bytes, name: str) -> str:
     encoding = next((kind for mark, kind in _BYTE_ORDERS.items() if data.startswith(mark)), "utf-8")
     text = data.decode(encoding, "replace")
     if len(data) > _LONGEST_PROMPT or "\0" in text:
-        raise RequestError(f"{name} does not hold the text of a question ({len(data):,} bytes, or more).")
+        raise RequestError(f"{name} does not hold the text of a question; give a file of text.")
     return text.rstrip("\r\n")
 
 
