@@ -144,7 +144,7 @@ def test_a_disk_that_is_full_is_told_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["convert", MODEL, "out"])
     assert caught.value.code == 1
-    assert capsys.readouterr().err == "vl2: No space left on device: out/model.safetensors\n"
+    assert capsys.readouterr().err == "vl2: No space left on device: 'out/model.safetensors'\n"
 
 
 def test_a_reader_who_has_seen_enough_is_no_mistake():

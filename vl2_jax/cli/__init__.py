@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:  # imports are inside: Ctrl-C may come while they last
         from vl2_jax.cli.parsing import parse
         from vl2_jax.cli.terminal import accept_any_text, on_one_line
-        from vl2_jax.errors import VL2Error
+        from vl2_jax.errors import VL2Error, shown
 
         accept_any_text()
         try:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         except VL2Error as error:
             sys.exit(_told(on_one_line(str(error))))
         except OSError as error:  # a full disk, a folder without permission
-            where = f": {error.filename}" if error.filename else ""
+            where = f": {shown(error.filename)}" if error.filename else ""
             sys.exit(_told(on_one_line(f"{error.strerror or error}{where}")))
     except KeyboardInterrupt:
         _told("interrupted")

@@ -108,7 +108,8 @@ def _content_of(file: str) -> bytes:
         with path_of(file).open("rb") as stream:
             return stream.read(_LONGEST_PROMPT + 1)
     except (OSError, ValueError) as error:
-        raise RequestError(f"--prompt-file {shown(file)} cannot be read ({error}); give a file of text.") from None
+        why = getattr(error, "strerror", None) or error
+        raise RequestError(f"--prompt-file {shown(file)} cannot be read ({why}); give a file of text.") from None
 
 
 def _decoded(data: bytes, name: str) -> str:
