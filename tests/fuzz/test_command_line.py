@@ -13,7 +13,7 @@ from vl2_jax.cli.parsing import COMMANDS
 
 LINES = (
     "generate --model nowhere --prompt x --image nowhere.png --temperature 0.5 --save-boxes b.png --json --no-merge",
-    "generate --model nowhere --prompt - --system s --stop . --n 2 --seed 1 --mesh auto --dispatch ring --dtype float32",
+    "generate --model nowhere --prompt - --system s --stop . --n 2 --seed 1 --mesh auto --dispatch ring",
     "chat --model nowhere --system s --max-tokens 3 --allow-urls",
     "convert nowhere there --dtype bfloat16",
     "export nowhere there --adapters --step best",
@@ -35,7 +35,8 @@ typed = (
     | st.sampled_from(["9" * 5000, "--" + "y" * 3000, "--prompt=" + "z" * 4000, "--image=" + "q" * 4000])
     | st.text(max_size=12)
 )
-changes = st.lists(st.tuples(st.sampled_from("drop insert replace swap cut join".split()), st.integers(0, 40), typed))
+kinds = st.sampled_from(["drop", "insert", "replace", "swap", "cut", "join"])
+changes = st.lists(st.tuples(kinds, st.integers(0, 40), typed))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
 
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 _DESCRIPTION = """DeepSeek-VL2: look at pictures, talk about them, point at things in them.
 `vl2 COMMAND --help` shows the flags of a command and an example; `vl2 --version` the version."""
 _HELP_FLAGS = ("-h", "--help")
+_COMPLETION = "--tyro-"  # the parser's own flags, which print what shells need to complete a command line
 _KINDS = {"INT": "a whole number", "FLOAT": "a number"}
 _WRONG = 2  # the exit code of a command line that cannot be read
 _LONGEST = 200  # characters of what the parser says
@@ -50,27 +51,39 @@ _LONGEST = 200  # characters of what the parser says
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
     """The command with its arguments, ready to be called. Help and mistakes are printed, and end the process."""
-    if list(arguments) == ["--version"]:
+    name, *given = arguments or [""]
+    if name in COMMANDS:
+        return _command(name, given)
+    if name == "--version":
         print(f"vl2 {__version__}")
         sys.exit()
+    if name in _HELP_FLAGS or name.startswith(_COMPLETION):
+        app = tyro.extras.SubcommandApp()
+        for other, command in COMMANDS.items():
+            app.command(_deferred(command), name=other, help=(command.__doc__ or "").partition("\n\n")[0])
+        return app.cli(prog="vl2", description=_DESCRIPTION, args=arguments)
+    if not name or name.startswith("-"):
+        _refuse(f"give a command first: {', '.join(COMMANDS)}; `vl2 --help` says what they do.")
+    _refuse(f"there is no command {shown(name)}; {_meant(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}")
+
+
+def _command(name: str, given: Sequence[str]) -> Callable[[], None]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return _read(arguments)
+            command, left = _read(name, given)
     except SystemExit as ended:
-        if ended.code:
-            print(f"vl2: {_mistake(arguments)}", file=sys.stderr)
-            sys.exit(_WRONG)
-        raise
+        if not ended.code:
+            raise
+        left = []
+    else:
+        if not left:
+            return command
+    _refuse(f"{_mistake(name, given, left)}; `vl2 {name} --help` shows all flags.")
 
 
-def _read(arguments: Sequence[str]) -> Callable[[], None]:
-    """Of the list of all commands, a line each; of a command, all that its docstring says."""
-    app = tyro.extras.SubcommandApp()
-    lists_commands = bool(arguments) and arguments[0] in _HELP_FLAGS
-    for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").partition("\n\n")[0] if lists_commands else None
-        app.command(_deferred(command), name=name, help=summary)
-    return app.cli(prog="vl2", description=_DESCRIPTION, args=arguments)
+def _read(name: str, given: Sequence[str]) -> tuple[Callable[[], None], list[str]]:
+    """The command with its arguments, and the arguments that belong to nothing."""
+    return tyro.cli(_deferred(COMMANDS[name]), prog=f"vl2 {name}", args=given, return_unknown_args=True)
 
 
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
@@ -83,25 +96,26 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
     return with_arguments
 
 
-def _mistake(arguments: Sequence[str]) -> str:
-    """One line about a command line that the parser refused, from what it prints: a title and parts between rules."""
-    name, *rest = arguments or [""]
-    if name not in COMMANDS:
-        if not name or name.startswith("-"):
-            return f"give a command first: {', '.join(COMMANDS)}; `vl2 --help` says what they do."
-        return f"there is no command {shown(name)}; {_meant(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"
-    return f"{_reason(name, rest)}; `vl2 {name} --help` shows all flags."
+def _refuse(line: str) -> NoReturn:
+    print(f"vl2: {line}", file=sys.stderr)
+    sys.exit(_WRONG)
 
 
-def _reason(name: str, given: Sequence[str]) -> str:
-    usage, _ = _printed([name, "--help"])
+def _mistake(name: str, given: Sequence[str], left: Sequence[str]) -> str:
+    """What is wrong with arguments that were refused or left, for the one line about it.
+
+    The parser tells by what it prints: a title, and parts between rules.
+    """
+    usage, _ = _printed(name, ["--help"])
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", usage))
     flags = (argument.partition("=")[0] for argument in given if argument.startswith("--"))
     unknown = next((flag for flag in flags if flag != "--" and flag.replace("_", "-") not in known), None)
     if unknown is not None:
         meant = _meant(unknown, known)
         return f"{name} has no flag {shown(unknown)}{meant and f' ({meant})'}"
-    _, printed = _printed([name, *given])
+    if left:
+        return f"{shown(left[0])} belongs to no flag: quote what has blanks, and repeat a flag for each of its values"
+    _, printed = _printed(name, given)
     part = list(itertools.takewhile(lambda line: not line.strip().startswith("---"), printed.splitlines()[2:]))
     said = on_one_line(" ".join(line.strip() for line in part))
     if said.startswith("Missing from"):
@@ -109,12 +123,9 @@ def _reason(name: str, given: Sequence[str]) -> str:
         return f"{name} needs {' and '.join(missing)}"
     if match := re.match(r"Missing value for argument '(\S+)'", said):
         return f"{match[1]} needs a value; one that begins with -- is written {match[1]}=VALUE"
-    if match := re.match(r"Unrecognized options: (.*)", said):
-        return f"{shown(match[1])} belongs to no flag: quote what has blanks, and repeat a flag for each of its values"
     if match := re.match(r"(?:Error parsing|invalid choice .* for argument) '?(--[\w-]+)", said):
-        kind = next(iter(re.findall(rf"^ *{match[1]} (\S+)", usage, re.MULTILINE)), "another value").removeprefix(
-            "{None}|"
-        )
+        kinds = re.findall(rf"^ *{match[1]} (\S+)", usage, re.MULTILINE) or ["another value"]
+        kind = kinds[0].removeprefix("{None}|")
         return f"{match[1]} takes {_KINDS.get(kind, kind)}, not {shown(_value_of(match[1], given))}"
     return said if len(said) <= _LONGEST else said[:_LONGEST] + "..."
 
@@ -133,9 +144,10 @@ def _meant(given: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def _printed(arguments: Sequence[str]) -> tuple[str, str]:
+def _printed(name: str, given: Sequence[str]) -> tuple[str, str]:
     """What the parser writes to standard output and standard error, in plain letters without frames."""
     out, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), contextlib.suppress(SystemExit):
-        _read(arguments)
-    return tuple(re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()) for stream in (out, errors))
+        _read(name, given)
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue()) for stream in (out, errors)]
+    return plain[0], plain[1]
