@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.conftest import GOLDENS
 from vl2_jax.cli import main
-from vl2_jax.cli.asking import are_dropped_files, names_in, read_pictures, read_prompt
+from vl2_jax.cli.asking import dropped_files, names_in, read_pictures, read_prompt
 
 PICTURE = GOLDENS / "images" / "square.png"
 
@@ -57,12 +57,22 @@ def test_a_picture_is_found_by_its_path_its_home_or_its_address(folder, name):
     assert read_pictures([name.format(folder)])[0].size == Image.open(PICTURE).size
 
 
-def test_files_that_are_dropped_on_the_terminal_are_told_from_a_question(folder):
-    assert are_dropped_files(f"'{folder}/my photo.png' {folder}/a.png ")
-    assert are_dropped_files(f"file://{folder}/my%20photo.png")
-    assert not are_dropped_files("a.png")
-    assert not are_dropped_files(f"{folder}/a.png is what?")
-    assert not are_dropped_files("\0")
+@pytest.mark.parametrize(
+    ("line", "files", "rest"),
+    [
+        ("'{}/my photo.png' {}/a.png ", ["{}/my photo.png", "{}/a.png"], ""),
+        ("{}/my photo.png", ["{}/my photo.png"], ""),
+        (r"{}/my\ photo.png what's this?", ["{}/my photo.png"], "what's this?"),
+        ("file://{}/my%20photo.png", ["file://{}/my%20photo.png"], ""),
+        ("a.png", [], "a.png"),
+        ("what is {}/a.png?", [], "what is {}/a.png?"),
+        ("what's \0", [], "what's \0"),
+        ("", [], ""),
+    ],
+)
+def test_files_that_are_dropped_on_the_terminal_are_told_from_the_message(folder, line, files, rest):
+    names, message = dropped_files(line.format(folder, folder))
+    assert (names, message) == ([name.format(folder) for name in files], rest.format(folder))
 
 
 def test_standard_input_is_a_picture(standard_input):

@@ -26,9 +26,10 @@ def test_pictures_go_with_the_next_message_and_no_further(model, typed, capsys):
 
 
 def test_a_picture_that_is_dropped_on_the_terminal_is_no_unknown_command(model, typed):
-    typed(f"'{PICTURE}' ", "what?")
+    typed(f"'{PICTURE}' ", f"{PICTURE} what is it?")
     main(CHAT)
-    assert len(model.asked[-1]["images"]) == 1
+    (turn,) = model.asked
+    assert (len(turn["images"]), turn["content"]) == (2, "<image>\n<image>\nwhat is it?")
 
 
 def test_an_unknown_command_says_what_there_is(model, typed, capsys):
@@ -97,6 +98,13 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back_and_leaves_its_pict
     main(CHAT)
     assert "the message is taken back" in capsys.readouterr().err
     assert [message["content"] for message in model.asked] == ["<image>\nanother"]
+
+
+def test_a_device_without_memory_for_a_message_does_not_end_the_conversation(model, typed, capsys):
+    model.words = [RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 9 bytes")]
+    typed("much", "/new", "/quit")
+    main(CHAT)
+    assert "Out of memory allocating" in capsys.readouterr().err
 
 
 def test_ctrl_c_at_the_prompt_asks_and_a_second_one_ends(model, typed, capsys):

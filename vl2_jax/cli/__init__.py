@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
             where = f": {shown(error.filename)}" if error.filename else ""
             sys.exit(_told(on_one_line(f"{error.strerror or error}{where}")))
     except KeyboardInterrupt:
+        if sys.stderr is not None and sys.stderr.isatty():
+            print(file=sys.stderr)  # below what was being written, and the terminal's ^C
         _told("interrupted")
         sys.exit(_INTERRUPTED)
 

@@ -20,6 +20,7 @@ _LONGEST_PROMPT = 10_000_000  # bytes
 _LARGEST_FILE = 1 << 30  # bytes of a picture
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BYTE_ORDERS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_WORD = re.compile(r"""(?:'[^']*'|"[^"]*"|\\.|[^\s'"\\])+""")  # of a shell
 _DRIVE = re.compile(r"""["']?[A-Za-z]:\\""")
 
 
@@ -82,10 +83,15 @@ def names_in(line: str) -> list[str]:
     return names
 
 
-def are_dropped_files(line: str) -> bool:
-    """Whether a line is nothing but files, named in full as terminals do it for what is dropped on them."""
-    names = names_in(line)
-    return bool(names) and all(_is_file(name) and path_of(name).is_absolute() for name in names)
+def dropped_files(line: str) -> tuple[list[str], str]:
+    """Files at the beginning of a line, named in full as terminals name what is dropped on them; and what follows."""
+    if _is_named_in_full(line):
+        return [line], ""
+    names: list[str] = []
+    while (word := _WORD.match(line)) and len(named := names_in(word[0])) == 1 and _is_named_in_full(named[0]):
+        names += named
+        line = line[word.end() :].lstrip()
+    return names, line
 
 
 def _source(name: str) -> str | bytes:
@@ -118,6 +124,10 @@ def _decoded(data: bytes, name: str) -> str:
     if len(data) > _LONGEST_PROMPT or "\0" in text:
         raise RequestError(f"{name} does not hold the text of a question; give a file of text.")
     return text.rstrip("\r\n")
+
+
+def _is_named_in_full(name: str) -> bool:
+    return _is_file(name) and path_of(name).is_absolute()
 
 
 def _is_file(name: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from typing import Any
 
-from vl2_jax.cli.asking import are_dropped_files, names_in, read_pictures, readable
+from vl2_jax.cli.asking import dropped_files, names_in, read_pictures, readable
 from vl2_jax.cli.flags import GREEDY, Model, Sampling
-from vl2_jax.cli.terminal import messages, streaming, tell, write
+from vl2_jax.cli.terminal import messages, on_one_line, streaming, tell, write
 from vl2_jax.errors import RequestError, VL2Error, shown
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.progress import Display
@@ -39,24 +41,24 @@ def chat(
         allow_urls: Let /image fetch http:// and https:// addresses.
         mesh: Spread the model over this machine's devices: auto, expert, or sizes such as expert=4,tensor=2.
     """
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # lines can be edited, and typed again
     vl2, _ = model.load(Devices(mesh))
     talk = Talk(vl2, readable(system), allow_urls, sampling.options())
     was_interrupted = False
     while True:
         try:
             line = _read_line()
-            was_interrupted, is_over = False, line is None or talk.hears(line)
-        except VL2Error as error:
-            tell(str(error), "red")
-            continue
+            was_interrupted = False
+            if line is None or talk.hears(line):
+                return
+        except (VL2Error, RuntimeError) as error:  # the latter from a device that has too little memory
+            tell(on_one_line(str(error)), "red")
         except KeyboardInterrupt:
             if was_interrupted:
                 raise
             was_interrupted = True
             tell("\nCtrl-C again, Ctrl-D or /quit ends.")
-            continue
-        if is_over:
-            return
 
 
 class Talk:
@@ -69,7 +71,7 @@ class Talk:
 
     def hears(self, line: str) -> bool:
         """Does what a line asks for; whether that was the end."""
-        command, _, rest = line.partition(" ")
+        command, rest = [*line.split(None, 1), "", ""][:2]
         if command == "/quit":
             return True
         if command == "/new":
@@ -77,26 +79,30 @@ class Talk:
         elif command == "/help":
             tell("\n".join(f"{name:16} {does}" for name, does in _HELP.items()))
         elif command == "/image":
-            self._add_pictures(rest)
-        elif are_dropped_files(line):
-            self._add_pictures(line)
-        elif line.startswith("/") and not line.startswith("//"):
+            if not rest:
+                raise RequestError("/image needs the path of a picture: /image photo.jpg")
+            self._add_pictures(names_in(rest))
+        else:
+            self._hears_message(line)
+        return False
+
+    def _hears_message(self, line: str) -> None:
+        names, message = dropped_files(line)
+        if message == line and line.startswith("/") and not line.startswith("//"):
+            command = line.split()[0]
             raise RequestError(
                 f"there is no command {shown(command)}; there are {_COMMANDS}; // begins a message with /."
             )
-        elif line:
-            self._ask(line.removeprefix("/") if line.startswith("//") else line)
-        return False
+        self._add_pictures(names)
+        if message:
+            self._ask(message.removeprefix("/") if message.startswith("//") else message)
 
     def _begin(self) -> None:
         self._chat = self._vl2.chat()
         self._chat.messages += self._opening
         self._pictures: list[Any] = []
 
-    def _add_pictures(self, line: str) -> None:
-        names = names_in(line)
-        if not names:
-            raise RequestError("/image needs the path of a picture: /image photo.jpg")
+    def _add_pictures(self, names: list[str]) -> None:
         added = read_pictures(names, self._allow_urls)
         self._pictures += added
         for name, picture in zip(names, added):
