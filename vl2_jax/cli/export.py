@@ -10,6 +10,7 @@ from vl2_jax.cli.flags import Destination, Source
 from vl2_jax.cli.terminal import messages, tell
 from vl2_jax.cli.train import training
 from vl2_jax.errors import CheckpointError, RequestError, shown
+from vl2_jax.files import is_remote
 from vl2_jax.progress import Display
 
 
@@ -31,7 +32,7 @@ def export(
         adapters: Of a training run with [lora]: the adapters alone, in PEFT's layout.
         step: Of a training run: the checkpoint of this step, or best of those that were evaluated.
     """
-    if (source / "checkpoints").is_dir():
+    if not is_remote(source) and (source / "checkpoints").is_dir():
         wanted = int(step) if step is not None and step.isdecimal() else step
         if isinstance(wanted, str) and wanted != "best":
             raise RequestError(f"--step is {shown(step)}; expected the number of a step, or best.")
@@ -40,7 +41,8 @@ def export(
         return
     if dtype is not None or adapters or step is not None:
         raise CheckpointError(
-            "--dtype, --adapters and --step are for training runs; a converted checkpoint stays as it is."
+            f"{shown(str(source))} is not the folder of a training run, which --dtype, --adapters and --step are for; "
+            "a converted checkpoint stays as it is."
         )
     from convert.to_torch import export as run
 

@@ -13,6 +13,7 @@ import tyro
 from vl2_jax.cli.flags import ONE_DEVICE, OnDevices, Place, Repeated, in_all_processes
 from vl2_jax.cli.terminal import tell
 from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.files import is_remote
 from vl2_jax.installation import install_line
 
 
@@ -38,7 +39,7 @@ def train(
 
     loop = training("loop")
     model = out / "model"
-    if model.exists() and not (out / loop.RECIPE_FILE).exists():
+    if not is_remote(out) and model.exists() and not (out / loop.RECIPE_FILE).exists():
         raise ConfigError(f"{model} exists and is not of a run in {out}, which writes there; choose another --out.")
     run = loop.train(read_recipe(recipe, set), out, tell, mesh=devices.mesh)
     if jax.process_count() > 1:
