@@ -8,17 +8,23 @@ from __future__ import annotations
 import os
 import sys
 
-_INTERRUPTED = 130  # as a shell tells of Ctrl-C
+from vl2_jax.cli.interrupts import INTERRUPTED, leave_at_once, raise_lost_interrupts
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; what a user can do wrong ends in one line and a code: 2 for a command line, else 1."""
-    try:  # imports are inside: Ctrl-C may come while they last
+    """Runs one command; what a user can do wrong ends in one line and a code: 2 for a command line, else 1.
+
+    Args:
+      arguments: of a caller in this process; by default those of the process, which then is ours to end.
+    """
+    try:  # other imports are inside: Ctrl-C may come while they last
         from vl2_jax.cli.parsing import parse
         from vl2_jax.cli.terminal import accept_any_text, on_one_line
         from vl2_jax.errors import VL2Error, shown
 
         accept_any_text()
+        if arguments is None:
+            raise_lost_interrupts()
         try:
             parse(sys.argv[1:] if arguments is None else arguments)()
             if sys.stdout is not None:
@@ -34,7 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stderr is not None and sys.stderr.isatty():
             print(file=sys.stderr)  # below what was being written, and the terminal's ^C
         _told("interrupted")
-        sys.exit(_INTERRUPTED)
+        if arguments is None:
+            leave_at_once()
+        sys.exit(INTERRUPTED)
 
 
 def _told(line: str) -> int:
