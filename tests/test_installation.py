@@ -1,6 +1,7 @@
 """The line that adds an extra, for every way in which this package can have been installed; and the wheel itself."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -133,7 +134,7 @@ def test_no_text_installs_a_bare_name_or_clones_an_address_that_is_not_ours():
 def test_a_wheel_carries_all_that_it_runs_with_and_knows_where_it_came_from(tmp_path):
     dist, target, elsewhere = tmp_path / "my dist", tmp_path / "site", tmp_path / "empty"
     elsewhere.mkdir()
-    _run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", dist, ROOT], ROOT)
+    _run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", dist, ROOT], elsewhere)
     (wheel,) = dist.iterdir()
     _run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel], elsewhere)
     # As `pip install --target` leaves it; the rest of the environment is that of the tests.
@@ -174,7 +175,7 @@ def _is_made(part: str) -> bool:
 
 
 def _run(command: list, folder: Path) -> str:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "JAX_PLATFORMS": "cpu"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
