@@ -151,6 +151,8 @@ def test_bytes_of_a_command_line_that_are_no_text_become_replacement_characters(
         ("generate --model m --prompt x --image {picture} --save-boxes gs://b/c.png", "there is no folder"),
         ("generate --model m --prompt x --image {wide} --save-boxes b.webp", "WEBP cannot hold this picture"),
         ("generate --model m --prompt x --image {picture} --save-boxes {folder}", "cannot be written"),
+        ("plan --model m --save p.psd", "expected the name of a picture: "),
+        ("plan --model m --save no/p.png", "cannot be written"),
     ],
 )
 def test_what_cannot_be_asked_is_told_before_a_model_is_loaded(
