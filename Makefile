@@ -7,7 +7,7 @@ WORKERS ?= 2
 TESTS ?= tests
 comma := ,
 
-.PHONY: demo test test-slow peers tpu lint setup clean
+.PHONY: demo test test-slow peers tpu lint setup wheel clean
 
 demo: $(VENV)/.ready-demo
 	@mkdir -p out
@@ -37,8 +37,16 @@ lint: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready-dev
 
-$(VENV)/.ready-%: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# For machines that have no checkout: pip install "$(ls dist/vl2_jax-*.whl)[tpu,train]"
+wheel: $(BIN)/python
+	rm -rf dist
+	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(if $(filter demo,$*),.,.[$(if $(filter tpu,$*),test$(comma))$*])"
 	touch $@
 

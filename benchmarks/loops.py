@@ -1,6 +1,6 @@
 """What `model.remat` and `model.scan` cost and save: compile time, memory and time of a training step, on this machine.
 
-    pip install 'vl2-jax[train]'
+    pip install -e '.[train]'     (from the root of this checkout)
     python benchmarks/loops.py
 
 A decoder of 24 layers (width 256, 16 experts) and a tower of 12 blocks, 4 rows of 512 positions and 8 tiles, float32.

@@ -18,7 +18,7 @@
 # The model here is `vl2-nano`, which comes with the project: it is small, and knows only drawn scenes of shapes and words. Give
 # `vl2_jax.load` a released model: `"deepseek-ai/deepseek-vl2-tiny"` (13 GB of memory in float32), or its directory.
 #
-# In Colab or elsewhere without a checkout, first: `%pip install "vl2-jax[notebooks]"`.
+# In Colab or elsewhere without a checkout, upload the wheel that `make wheel` builds in one, and the folder `assets`, and first `%pip install "./vl2_jax-0.1.0-py3-none-any.whl[notebooks]"`.
 
 # %%
 from pathlib import Path

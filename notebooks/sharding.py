@@ -16,7 +16,7 @@
 # Eight virtual devices on a CPU do what eight TPU chips would: the same programs, the same collectives, the same numbers. We lay a small model out
 # in three ways, draw where each weight is, and check that the answer stays the same.
 #
-# In Colab or elsewhere without a checkout, first: `%pip install "vl2-jax[notebooks]"`.
+# In Colab or elsewhere without a checkout, upload the wheel that `make wheel` builds in one, and first `%pip install "./vl2_jax-0.1.0-py3-none-any.whl[notebooks]"`.
 
 # %%
 import os

@@ -6,10 +6,12 @@ The package is on no index, so its bare name is never an instruction: whoever re
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 NAME = "vl2-jax"
 
@@ -18,32 +20,42 @@ def install_line(*extras: str) -> str:
     """The `pip install` line that adds extras to what is installed here.
 
     A checkout or a wheel on disk is named by its path, a wheel or a repository elsewhere by its address
-    (`direct_url.json`, PEP 610); where nothing tells, the packages of the extras are named themselves.
+    (`direct_url.json`, PEP 610). Where nothing tells, or the path is gone, the packages of the extras are named.
     """
     wanted = f"[{','.join(extras)}]"
     try:
         found = metadata.distribution(NAME)
     except metadata.PackageNotFoundError:
-        return _from_checkout(wanted) or "install this project with its extras: pip install -e 'PATH[EXTRA]'"
+        return _from_checkout(wanted) or f"pip install -e {_quoted('CHECKOUT_OF_THIS_PROJECT' + wanted)}"
     origin = json.loads(found.read_text("direct_url.json") or "{}")
-    if path := _local_path(origin.get("url", "")):
-        option = "-e " if origin.get("dir_info", {}).get("editable") else ""
-        return f"pip install {option}{shlex.quote(path + wanted)}"
-    if "url" in origin:
-        kind = origin.get("vcs_info", {})
-        address = f"{kind['vcs']}+{origin['url']}@{kind['commit_id']}" if kind else origin["url"]
-        return f"pip install {shlex.quote(f'{NAME}{wanted} @ {address}')}"
-    return _from_checkout(wanted) or f"pip install {' '.join(map(shlex.quote, _packages_of(found, extras)))}"
+    url, repository = origin.get("url", ""), origin.get("vcs_info")
+    path = _local_path(url)
+    if repository:
+        url = f"{repository['vcs']}+{url}@{repository['commit_id']}"
+    elif path:
+        if Path(path).exists():
+            option = "-e " if origin.get("dir_info", {}).get("editable") else ""
+            return f"pip install {option}{_quoted(path + wanted)}"
+        url = ""  # a wheel that was deleted, or built somewhere else
+    if url:
+        folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+        return f"pip install {_quoted(f'{NAME}{wanted} @ {url}{folder}')}"
+    return _from_checkout(wanted) or f"pip install {' '.join(map(_quoted, _packages_of(found, extras)))}"
 
 
 def _local_path(url: str) -> str:
     parts = urlsplit(url)
-    return unquote(parts.path) if parts.scheme == "file" else ""
+    return url2pathname(parts.path) if parts.scheme == "file" else ""
 
 
 def _from_checkout(wanted: str) -> str:
     root = Path(__file__).parents[1]
-    return f"pip install -e {shlex.quote(f'{root}{wanted}')}" if (root / "pyproject.toml").is_file() else ""
+    return f"pip install -e {_quoted(f'{root}{wanted}')}" if (root / "pyproject.toml").is_file() else ""
+
+
+def _quoted(argument: str) -> str:
+    """For the shell of this machine; that of Windows knows double quotes only."""
+    return f'"{argument}"' if os.name == "nt" else shlex.quote(argument)
 
 
 def _packages_of(found: metadata.Distribution, extras: tuple[str, ...]) -> list[str]:

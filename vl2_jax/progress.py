@@ -46,7 +46,12 @@ class Display:
                 TimeElapsedColumn,
             )
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+            )
             self._bar = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
             self._bar.start()
         else:
@@ -81,4 +86,4 @@ class Display:
             if self._phase:
                 share = f" {100 * self._done // self._total} %" if self._total else ""
                 seconds = time.monotonic() - self._phase_begun
-                self._console.print(f"{self._phase}{share} ({seconds:.0f} s)", markup=False)
+                self._console.print(f"{self._phase}{share} ({seconds:.0f} s)", markup=False, emoji=False)

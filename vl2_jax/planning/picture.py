@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from vl2_jax.errors import VL2Error
+from vl2_jax.errors import VL2Error, shown
+from vl2_jax.installation import install_line
 from vl2_jax.planning.plan import Plan
 
 _MS = 1e3
+
+
+def check(path: Path) -> None:
+    """Whether a plan can be drawn and written, asked before the work rather than after it.
+
+    Raises:
+      VL2Error: matplotlib is missing, there is no such folder, or no format of that name.
+    """
+    kinds = _pyplot().figure().canvas.get_supported_filetypes()
+    _pyplot().close()
+    folder = path.absolute().parent
+    if not folder.is_dir() or path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise VL2Error(f"--save {shown(str(path))} cannot be written; give a file in a folder that exists.")
+    if path.suffix[1:].lower() not in kinds:
+        raise VL2Error(f"--save {shown(str(path))}: expected the name of a picture: {', '.join(sorted(kinds))}.")
 
 
 def draw(plan: Plan, path: Path) -> None:
@@ -17,13 +34,7 @@ def draw(plan: Plan, path: Path) -> None:
     Raises:
       VL2Error: matplotlib is missing.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ModuleNotFoundError:
-        raise VL2Error("--save needs matplotlib: pip install 'vl2-jax[plan]'.") from None
+    pyplot = _pyplot()
     figure, (memory, times) = pyplot.subplots(1, 2, figsize=(10, 3.2), width_ratios=(3, 2), layout="constrained")
     _memory_bar(memory, plan)
     kinds = list(plan.seconds)
@@ -38,6 +49,17 @@ def draw(plan: Plan, path: Path) -> None:
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        raise VL2Error(f"--save needs matplotlib: {install_line('plan')}") from None
+    return pyplot
 
 
 def _memory_bar(axis: Any, plan: Plan) -> None:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
-from vl2_jax.errors import MeshError
+from vl2_jax.errors import MeshError, shown
+from vl2_jax.installation import install_line
 from vl2_jax.ops import chips
 
 
@@ -78,7 +79,7 @@ def find_slice(name: str) -> Slice:
     kind, _, shape = name.partition(":")
     if kind not in TOPOLOGIES or shape not in TOPOLOGIES[kind]:
         kinds = "; ".join(f"{k}:{', '.join(shapes)}" for k, shapes in TOPOLOGIES.items())
-        raise MeshError(f"there is no TPU slice {name!r}; choose one of {kinds}.")
+        raise MeshError(f"there is no TPU slice {shown(name)}; choose one of {kinds}.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no Cloud TPU to ask
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several processes may compile at once
     from jax.experimental import topologies
@@ -90,8 +91,7 @@ def find_slice(name: str) -> Slice:
             found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}")
     except Exception as error:  # of many types, from a library that may be missing
         raise MeshError(
-            f"the TPU compiler does not answer ({str(error).splitlines()[0]}); it is a package: "
-            "pip install 'vl2-jax[tpu]'."
+            f"the TPU compiler does not answer ({str(error).splitlines()[0]}); it is a package: {install_line('tpu')}"
         ) from None
     devices = tuple(found.devices)
     return Slice(name, CHIPS[kind], devices[:1] if name.endswith(":1x1") else devices)

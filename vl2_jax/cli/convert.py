@@ -1,0 +1,33 @@
+"""`vl2 convert`: a released checkpoint to ours."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from vl2_jax.cli.flags import Destination
+from vl2_jax.cli.terminal import messages, tell
+from vl2_jax.progress import Display
+
+
+def convert(
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    destination: Destination,
+    dtype: str | None = None,
+) -> None:
+    """Released Hugging Face directory (or hub id) to a converted checkpoint.
+
+    Example: vl2 convert deepseek-ai/deepseek-vl2-tiny tiny --dtype bfloat16
+
+    Args:
+        source: Directory with config.json and *.safetensors, or a hub id.
+        destination: A directory that does not exist yet.
+        dtype: bfloat16 or float32; by default the checkpoint's.
+    """
+    from convert.from_torch import convert as run
+    from vl2_jax.api import find_model
+
+    with Display(messages) as report:
+        run(find_model(source), destination, dtype, report)
+    tell(f"converted {source} to {destination}")

@@ -1,0 +1,113 @@
+"""Flags that several commands have, each described once. Reading them needs no JAX."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vl2_jax.cli.terminal import messages
+from vl2_jax.files import path_of
+from vl2_jax.progress import Display
+from vl2_jax.sharding.devices import Devices
+
+Place = Annotated[  # a file or a folder, here or on a bucket
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda given: path_of(given[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
+Source = Annotated[tyro.conf.Positional[Place], tyro.conf.arg(metavar="SOURCE")]
+Destination = Annotated[tyro.conf.Positional[Place], tyro.conf.arg(metavar="DESTINATION")]
+ModelName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how it is loaded.
+
+    Attributes:
+      model: Directory of a released or converted model, here or on a bucket (gs://...); a hub id; or vl2-nano.
+      adapters: Directory of low-rank adapters in PEFT's layout.
+      merge: Add the adapters to the weights; --no-merge keeps them beside, where bfloat16 weights lose nothing of them.
+      dtype: bfloat16 or float32; by default float32 on a CPU that can hold it, else the checkpoint's.
+      chunk_size: Prompt positions computed at a time.
+      verify: Check the weights against their manifest while loading.
+    """
+
+    model: str
+    adapters: Place | None = None
+    merge: bool = True
+    dtype: str | None = None
+    chunk_size: int = 512
+    verify: bool = True
+
+    def load(self, devices: Devices, **changed: Any) -> tuple[Any, float]:
+        """The model, and the seconds it took."""
+        from vl2_jax.api import load
+
+        begun = time.perf_counter()
+        options = {name: getattr(self, name) for name in ("adapters", "merge", "dtype", "chunk_size", "verify")}
+        with Display(messages) as report:
+            places = {"mesh": devices.mesh, "dispatch": devices.dispatch, "report": report}
+            vl2 = load(self.model, **options | places | changed)
+        return vl2, time.perf_counter() - begun
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How an answer is chosen, and where it ends.
+
+    Attributes:
+      max_tokens: Longest answer, in tokens.
+      temperature: 0 takes the likeliest token each time; more is more varied.
+      top_p: When sampling, the probability that is sampled from.
+      top_k: When sampling, the number of tokens that are sampled from; 0 is no limit.
+      repetition_penalty: By default 1.1 when sampling, none otherwise.
+      seed: Equal seeds give equal answers; by default sampling takes new numbers each time.
+      stop: The answer ends before this text; may be given several times.
+      ignore_eos: Go on to --max-tokens.
+    """
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 0.9
+    top_k: int = 50
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: Repeated = ()
+    ignore_eos: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """What `VL2.generate` and `Chat.ask` take."""
+        return asdict(self)
+
+
+ONE_DEVICE, GREEDY = Devices(), SamplingFlags()
+Model = tyro.conf.OmitArgPrefixes[ModelFlags]
+Sampling = tyro.conf.OmitArgPrefixes[SamplingFlags]
+OnDevices = tyro.conf.OmitArgPrefixes[Devices]
+
+
+def in_all_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """Runs a command that takes `devices` in every process of a slice; only process 0 writes."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, devices: Devices = ONE_DEVICE, **options: Any) -> None:
+        from vl2_jax.sharding.processes import running_together
+
+        with running_together(devices) as process:
+            messages.quiet = process > 0
+            command(*arguments, devices=devices, **options)
+
+    return run

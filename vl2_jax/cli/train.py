@@ -1,0 +1,64 @@
+"""`vl2 train`: a run, from its recipe to the model it leaves."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vl2_jax.cli.flags import ONE_DEVICE, OnDevices, Place, Repeated, in_all_processes
+from vl2_jax.cli.terminal import tell
+from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.files import is_remote
+from vl2_jax.installation import install_line
+
+
+@in_all_processes
+def train(
+    recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")],
+    out: Place,
+    set: Repeated = (),
+    devices: OnDevices = ONE_DEVICE,
+) -> None:
+    """Train a model; run the same command again to go on after an interruption.
+
+    Example: vl2 train sft-nano --out runs/try --set data.epochs=3
+
+    Args:
+        recipe: A TOML file, or the name of one of configs/training/, such as lora-tiny.
+        out: Folder of the run: checkpoints, logs (TensorBoard too), and the trained model in OUT/model at the end.
+        set: Change a value of the recipe: --set optimizer.learning_rate=1e-4; may be given several times.
+    """
+    import jax
+
+    from vl2_jax.training.recipe import read_recipe
+
+    loop = training("loop")
+    model = out / "model"
+    if not is_remote(out) and model.exists() and not (out / loop.RECIPE_FILE).exists():
+        raise ConfigError(f"{model} exists and is not of a run in {out}, which writes there; choose another --out.")
+    run = loop.train(read_recipe(recipe, set), out, tell, mesh=devices.mesh)
+    if jax.process_count() > 1:
+        if run.is_complete:
+            tell(f"vl2 export {out} DIRECTORY makes a model of it")
+        return
+    if not run.is_complete:
+        sys.exit(128 + run.stopped_by)  # as a shell tells of a signal: `vl2 train ... && ...` does not go on
+    new = out / "model.new"
+    shutil.rmtree(new, ignore_errors=True)
+    training("export").export_run(out, new, tell)
+    shutil.rmtree(model, ignore_errors=True)
+    new.rename(model)
+    tell(f"the trained model is in {model}: vl2 generate --model {model} ...")
+
+
+def training(part: str) -> Any:
+    """A module of the part of the project that needs more packages."""
+    try:
+        return importlib.import_module(f"vl2_jax.training.{part}")
+    except ModuleNotFoundError as error:
+        raise VL2Error(f"training needs {error.name!r}: {install_line('train')}") from None
