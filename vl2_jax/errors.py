@@ -23,6 +23,12 @@ def shown(value: Any, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest + 2 else text[:longest] + "..."
 
 
+def one_line(error: BaseException, longest: int = 120) -> str:
+    """What an error of other software says, as a part of a message of ours."""
+    text = " ".join(str(error).split()).encode("utf-8", "backslashreplace").decode("utf-8") or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + "..."
+
+
 class VL2Error(ValueError):
     """The base of everything this package raises on purpose."""
 

@@ -7,53 +7,68 @@ is matched against a strict pattern of numbers and never evaluated.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-_REF = re.compile(r"<\|ref\|>.*?<\|/ref\|>")
-_DET = re.compile(r"<\|det\|>.*?<\|/det\|>")
-_TAG = re.compile(r"<\|/?(?:ref|det)\|>")
-_NUMBER = r"\s*(-?\d{1,7}(?:\.\d{1,7})?)\s*"
+from vl2_jax.processing.images import Picture, load_image
+from vl2_jax.processing.labels import draw_label, place_labels
+
+_TAG = re.compile(r"<\|(/?)(ref|det)\|>")
+_NUMBER = r"\s*(-?[0-9]{1,7}(?:\.[0-9]{1,7})?)\s*"
 _BOX = re.compile(r"\[" + ",".join([_NUMBER] * 4) + r"\]")
 
 COLOURS = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 255, 255), (255, 255, 0), (255, 0, 255), (127, 127, 127),
     (255, 255, 127), (255, 127, 255), (127, 255, 255), (127, 127, 255), (127, 255, 127), (255, 127, 127),
 )  # fmt: skip
-_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "simsun.ttc", "DejaVuSans.ttf")
-_FONT_SIZE = 20
 _LARGEST = 999  # coordinate: the right or the lower edge of the picture
 _LINE_WIDTH = 3
 
 
 @dataclass(frozen=True)
 class Box:
-    """A labelled rectangle in pixels of the original picture, (x1, y1) top left, (x2, y2) bottom right."""
+    """A labelled rectangle.
+
+    Attributes:
+      label: as written, without tags; empty where the text begins after it.
+      x1, y1, x2, y2: in pixels of the upright picture, top left and bottom right.
+      raw: the same as written, 0 to 999 of the picture's width and height.
+      picture: its number in the conversation, counted from 0.
+    """
 
     label: str
     x1: int
     y1: int
     x2: int
     y2: int
+    raw: tuple[float, ...] = ()
+    picture: int = 0
 
 
-def parse_boxes(text: str, width: int, height: int) -> list[Box]:
+def parse_boxes(text: str, width: int, height: int, *, as_released: bool = False, picture: int = 0) -> list[Box]:
     """The boxes an answer points at, in the order written; what is malformed gives no box.
 
-    The number of labels must equal the number of box lists, and a rectangle whose corners are swapped is not one, as
-    in the released code. Numbers outside of 0 to 999 are kept; they lie outside of the picture.
+    Every box that is complete is read, also of an answer that was cut off, that begins inside of a list (its
+    beginning was given), or where something else lacks its boxes, its label or a tag. A rectangle whose corners are
+    swapped is not one. Numbers outside of 0 to 999 are kept; they lie outside of the picture. Takes linear time.
+
+    Args:
+      width, height: of the picture, in pixels.
+      as_released: the released rule. Labels and lists are paired in their order; an answer has no boxes at all if
+        there are not as many of one as of the other, and neither may contain a line break.
+      picture: the number of the picture that the boxes are in.
     """
-    labels, lists = _REF.findall(text), _DET.findall(text)
-    if len(labels) != len(lists):
-        return []
+    pairs = _released_pairs(text) if as_released else _pairs(text)
     boxes = []
-    for label, box_list in zip(labels, lists, strict=True):
-        inside = _TAG.sub("", box_list).strip()[1:-1]
-        for match in _BOX.finditer(inside):
+    for label, box_list in pairs:
+        for match in _BOX.finditer(box_list):
             x1, y1, x2, y2 = (float(number) / _LARGEST for number in match.groups())
-            box = Box(_TAG.sub("", label).strip(), *map(int, (x1 * width, y1 * height, x2 * width, y2 * height)))
+            raw = tuple(float(number) if "." in number else int(number) for number in match.groups())
+            corners = int(x1 * width), int(y1 * height), int(x2 * width), int(y2 * height)
+            box = Box(label, *corners, raw, picture)
             if box.x1 <= box.x2 and box.y1 <= box.y2:
                 boxes.append(box)
     return boxes
@@ -68,26 +83,86 @@ def write_boxes(boxes: Sequence[Sequence[float]], width: float, height: float) -
     return f"<|det|>{rows}<|/det|>"
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """A copy of the picture with every box and its label drawn on it."""
-    drawn = image.convert("RGB")
+def draw_boxes(image: Picture, boxes: Sequence[Box]) -> Image.Image:
+    """A copy of the picture, upright as the model saw it, with every box and its label drawn on it.
+
+    Labels stay inside of the picture and off one another (see `labels.place_labels`); colours take turns.
+    """
+    drawn = load_image(image, max_pixels=sys.maxsize)  # somebody has decided already that it is not too large
     draw = ImageDraw.Draw(drawn, "RGBA")
-    font = _font()
+    width = max(1, min(_LINE_WIDTH, min(drawn.size) // 20), max(drawn.size) // 500)
     for number, box in enumerate(boxes):
-        colour = COLOURS[number % len(COLOURS)]
-        draw.rectangle((box.x1, box.y1, box.x2, box.y2), outline=colour, width=_LINE_WIDTH)
-        left, top, right, bottom = draw.textbbox((0, 0), box.label, font=font)
-        x = min(max(0, box.x1), max(0, drawn.width - (right - left)))
-        y = max(0, box.y1 - _FONT_SIZE)
-        draw.rectangle((x + left, y + top, x + right, y + bottom), fill=(255, 255, 255, 180))
-        draw.text((x, y), box.label, fill=colour, font=font)
+        # What lies far outside is not visible, and Pillow counts in 32 bits.
+        left, right = (min(max(x, -width), drawn.width + width) for x in (box.x1, box.x2))
+        top, bottom = (min(max(y, -width), drawn.height + width) for y in (box.y1, box.y2))
+        draw.rectangle((left, top, right, bottom), outline=COLOURS[number % len(COLOURS)], width=width)
+    anchors = [(box.x1, box.y1, box.x2, box.y2) for box in boxes]
+    for number, label in enumerate(place_labels([box.label for box in boxes], anchors, drawn.size)):
+        if label is not None:
+            draw_label(draw, label, COLOURS[number % len(COLOURS)])
     return drawn
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in _FONTS:
-        try:
-            return ImageFont.truetype(name, _FONT_SIZE)
-        except OSError:
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    """Labels and the lists that belong to them.
+
+    Labels before lists are paired with them in their order. If there are fewer lists, the last labels have them: in
+    `a, b [[...]]` the box is that of b. If there are more, the last label has the rest.
+    """
+    labels: list[str] = []
+    lists: list[str] = []
+    for kind, content in [*_parts(text), ("ref", "")]:
+        if kind == "det":
+            lists += [content] if "[" in content else []
             continue
-    return ImageFont.load_default(_FONT_SIZE)
+        if lists:
+            labels = labels[-len(lists) :] or [""]
+            yield from ((labels[min(n, len(labels) - 1)].strip(), box_list) for n, box_list in enumerate(lists))
+            labels, lists = [], []
+        labels.append(content)
+
+
+def _parts(text: str) -> Iterator[tuple[str, str]]:
+    """("ref" or "det", what stands in it) one after another, without the tags inside of it.
+
+    What is open ends at a closing tag, at a tag of the other kind and at the end of the text. A closing tag that
+    nothing opened tells that the text began inside of it.
+    """
+    kind, begin = "", 0
+    pieces: list[str] = []
+    for number, tag in enumerate(_TAG.finditer(text)):
+        closes, of = tag[1] == "/", tag[2]
+        if not kind and closes and (number == 0 or of == "det"):
+            kind = of
+        pieces.append(text[begin : tag.start()])
+        begin = tag.end()
+        if kind and (closes or of != kind):
+            yield kind, "".join(pieces)
+            kind = ""
+        if not kind:
+            pieces = []
+            kind = "" if closes else of
+    if kind:
+        yield kind, "".join([*pieces, text[begin:]])
+
+
+def _released_pairs(text: str) -> Iterator[tuple[str, str]]:
+    """`zip` of all labels and all lists; of a list, the first and the last character are cut off, brackets or not."""
+    labels, lists = (list(_released_parts(text, kind)) for kind in ("ref", "det"))
+    if len(labels) == len(lists):
+        for label, box_list in zip(labels, lists, strict=True):
+            yield _TAG.sub("", label).strip(), _TAG.sub("", box_list).strip()[1:-1]
+
+
+def _released_parts(text: str, kind: str) -> Iterator[str]:
+    """The matches of `<\\|kind\\|>(.*?)<\\|/kind\\|>`, in linear time."""
+    opening, closing = f"<|{kind}|>", f"<|/{kind}|>"
+    for line in text.split("\n"):
+        end = 0
+        while (begin := line.find(opening, end)) >= 0:
+            begin += len(opening)
+            end = line.find(closing, begin)
+            if end < 0:
+                break
+            yield line[begin:end]
+            end += len(closing)
