@@ -197,7 +197,10 @@ class VL2:
     @property
     def generator(self) -> Generator:
         """Prompts to answers, with the parameters that are here now."""
-        return Generator(self.model, self.params, self.processor.tokenizer, self.chunk_size)
+        processor = self.processor
+        return Generator(
+            self.model, self.params, processor.tokenizer, self.chunk_size, as_released=processor.as_released
+        )
 
     def generate(
         self,

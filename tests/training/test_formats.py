@@ -66,7 +66,8 @@ def test_a_data_url_is_the_picture_itself():
     url = "data:image/png;base64," + base64.b64encode(content).decode()
     part = {"type": "image_url", "image_url": {"url": url}}
     messages = to_conversation({"messages": [{"role": "user", "content": [part]}, PARTS[1]]}, IMAGES)
-    assert messages[0]["images"] == [content]
+    (picture,) = messages[0]["images"]
+    assert load_image(picture) == load_image(content)
 
 
 def test_boxes_of_objects_become_tags_in_the_models_coordinates():
@@ -94,7 +95,6 @@ def test_boxes_of_objects_become_tags_in_the_models_coordinates():
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "unknown type 'video'"),
         ({"images": ["a.png", "b.png"], "messages": USER}, r"1 <image> tag\(s\) but 2 picture"),
         ({"image": "https://example.com/a.png", "question": "?", "answer": "!"}, "is not fetched"),
-        ({"image": "data:image/png;base64,###", "question": "?", "answer": "!"}, "not valid base64"),
         ({"question": "?", "answers": ["a", "b"]}, "is not understood"),
         ({"question": "?", "answer": ["a", "b"]}, "2 texts where one is expected"),
         ({"question": "?", "answer": "a", "history": 3}, "'history' must be a list"),

@@ -30,7 +30,8 @@ class Answer:
       text: without control tokens; grounding tags are kept.
       token_ids: as generated, the end-of-sentence id included.
       logprobs: log-probability of each id under the model's own distribution.
-      boxes: what the text points at, in pixels of one of the conversation's pictures.
+      boxes: what the text points at, and its beginning if the caller gave one, in pixels of one of the conversation's
+        pictures.
       finish_reason: "stop" (end of sentence or a stop string) or "length".
       prompt_tokens: length of the prompt.
       timings: of the batch that it was computed in.

@@ -83,6 +83,7 @@ class Generator:
     tokenizer: Tokenizer
     chunk_size: int = 512
     tile_chunk: int = 4
+    as_released: bool = False  # boxes are read by the released rule
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -139,7 +140,8 @@ class Generator:
         for row, writer in enumerate(writers):
             prompt, picture = prompts[row // n], pictures[row // n]
             size = prompt.image_sizes[picture] if prompt.image_sizes else None
-            boxes = parse_boxes(writer.text, *size) if size else []
+            whole = prompt.begun + writer.text
+            boxes = parse_boxes(whole, *size, as_released=self.as_released, picture=picture) if size else []
             reason = writer.finish_reason
             answers.append(Answer(writer.text, writer.ids, writer.logprobs, boxes, reason, len(prompt), timings))
         fed = writers[0].ids[:-1]  # the last token was never fed back

@@ -53,6 +53,7 @@ class Encoded:
     tokens_per_tile: int
     text: str  # readable form
     branches: np.ndarray | None = None  # int32 [T], of questions apart (`training.packing`); None is all 0
+    begun: str = ""  # what of the answer the conversation gives
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -165,7 +166,8 @@ class Processor:
                 )
             pieces.pop()
         images = [image for message in messages for image in message["images"]]
-        return self._assemble(pieces, images, render(messages), mask_prompt=self.config.mask_prompt)
+        encoded = self._assemble(pieces, images, render(messages), mask_prompt=self.config.mask_prompt)
+        return dataclasses.replace(encoded, begun=messages[-1]["content"].strip()) if inference else encoded
 
     def encode_apart(self, conversations: Sequence[Conversation]) -> Encoded:
         """Closed conversations that begin with the same pictures as one document, for `training.packing.pack`.

@@ -10,12 +10,10 @@ the text parts of questions hold plain text. An answer that is not to be learned
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image
@@ -44,9 +42,6 @@ _ENCODED = ("bytes", "data", "base64")  # keys whose text is the picture itself
 _PICTURE_KEYS = (*_ENCODED, "image_url", "image", "path", "url", "source")
 _INSTEAD_OF_CONTENT = ("tool_calls", "function_call", "refusal")  # of an answer
 _OTHER_MEDIA = ("videos", "video", "audios", "audio")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
-# Of base64: PNG, JPEG, GIF, WebP, BMP, TIFF, AVIF and JPEG 2000.
-_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "Qk1", "Qk2", "Qk3", "SUkq", "TU0A", "AAAA", "/0//")
 _DEEPEST = 64  # lists in lists
 
 
@@ -128,24 +123,14 @@ def pictures_of(value: Any, found: Callable[[Any], Any] = lambda picture: pictur
 
 
 def picture_of(item: Any) -> Any:
-    """A picture in hand: out of the dictionaries around it, decoded where it is text. None if there is none.
-
-    Raises:
-      ConversationError: text that should be a picture's base64 and is not.
-    """
+    """A picture in hand, as `load_image` takes it, out of the dictionaries around it. None if there is none."""
     key = ""
     while isinstance(item, Mapping):
         key = next((key for key in _PICTURE_KEYS if not is_empty(item.get(key))), "")
         item = item.get(key)
-    if not isinstance(item, str) or not item:
-        return None if is_empty(item) else item
-    if item[:5].lower() == "data:":
-        header, _, content = item.partition(",")
-        is_base64 = header.lower().rstrip().endswith(";base64")
-        return _decoded(unquote_to_bytes(content)) if is_base64 else unquote_to_bytes(content)
-    if key in _ENCODED or (item.startswith(_BASE64_STARTS) and _BASE64.fullmatch(item)):
-        return _decoded(item.encode("ascii", "replace"))
-    return item
+    if is_empty(item):
+        return None
+    return {"bytes": item} if isinstance(item, str) and key in _ENCODED else item
 
 
 def switch(key: str, value: Any) -> bool | None:
@@ -259,12 +244,3 @@ def _kind(part: Any) -> str:
     if not isinstance(kind, str) or kind not in (*_TEXT_PARTS, *_PICTURE_PARTS):
         raise ConversationError(f"a part of a message has the unknown type {shown(kind)}; use 'text' or 'image_url'.")
     return kind
-
-
-def _decoded(text: bytes) -> bytes:
-    """The bytes of base64 of either alphabet, broken into lines or not, padded or not."""
-    letters = text.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n").rstrip(b"=")
-    try:
-        return base64.b64decode(letters + b"=" * (-len(letters) % 4), validate=True)
-    except ValueError:
-        raise ConversationError(f"a picture of {len(text):,} characters is not valid base64.") from None

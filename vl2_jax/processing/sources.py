@@ -69,6 +69,19 @@ def content_of(source: Any, allow_urls: bool = False) -> tuple[str, Content]:
     )
 
 
+def in_folder(source: Any, folder: Path) -> Any:
+    """The source, of which a relative path begins at `folder`."""
+    if not isinstance(source, str) or _SCHEME.match(source.strip()):
+        return source
+    path = str(folder / source)
+    try:
+        _of_path(path)
+    except ImageError:
+        if _picture_in_base64(source.encode("ascii", "replace")):
+            return source
+    return path
+
+
 def _of_text(text: str, allow_urls: bool) -> tuple[str, Content]:
     """A path, an address or base64, in the order in which they can be told apart."""
     address = text.strip()

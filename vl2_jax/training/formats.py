@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from vl2_jax.errors import ConversationError, shown
 from vl2_jax.processing.messages import (
@@ -34,6 +33,7 @@ from vl2_jax.processing.messages import (
     refuse_other_media,
     switch,
 )
+from vl2_jax.processing.sources import in_folder
 from vl2_jax.training.boxes import place_objects, with_boxes_that_can_be_read
 
 _LISTS = ("messages", "conversations", "conversation", "texts")
@@ -190,9 +190,6 @@ def _is_said(key: str, value: Any) -> bool:
 
 
 def _in_folder(folder: Path, picture: Any) -> Any:
-    """A picture in hand, or the path of one."""
-    if not isinstance(picture, str):
-        return picture
-    if picture.startswith(("http://", "https://")):
+    if isinstance(picture, str) and picture.startswith(("http://", "https://")):
         raise ConversationError(f"{shown(picture)} is not fetched; download pictures and give their paths.")
-    return str(folder / (unquote(picture[7:]) if picture.startswith("file://") else picture))
+    return in_folder(picture, folder)
