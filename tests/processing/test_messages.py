@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import GOLDENS
-from vl2_jax.errors import ConversationError
+from vl2_jax.errors import ConversationError, ImageError
 from vl2_jax.processing.batch import IGNORED, TEXT, Processor
 from vl2_jax.processing.conversation import with_image_tags
 from vl2_jax.processing.messages import pictures_of, read_messages

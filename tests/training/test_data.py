@@ -256,6 +256,7 @@ def test_a_bad_sample_ends_the_run_where_asked_to(recipe, bad_file):
         ("data.sources=[]", "data.sources is empty"),
         ("data.sources=[{path='none.jsonl'}]", "no data file 'none.jsonl'"),
         ("data.sources=[{path='x', scenes=1}]", "either a path or scenes"),
+        ("data.sources=[{scenes=1, images='x'}]", "images of a data source is the folder of a path's pictures"),
         ("data.on_bad_sample=ignore", "expected 'skip' or 'raise'"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import GOLDENS
 from vl2_jax.errors import ConversationError
 from vl2_jax.processing.batch import IGNORED, Processor
+from vl2_jax.processing.images import load_image
 from vl2_jax.training.data import BadSample, Encoder
 from vl2_jax.training.formats import last_answer_only, to_conversation
 

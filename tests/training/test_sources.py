@@ -17,6 +17,8 @@ import pytest
 import vl2_jax.training.tables
 from tests.conftest import GOLDENS
 from vl2_jax.errors import ConfigError, ConversationError
+from vl2_jax.processing.batch import IGNORED, Processor
+from vl2_jax.training.data import batches
 from vl2_jax.training.formats import to_conversation
 from vl2_jax.training.sources import fingerprint, open_source, parsed
 
@@ -195,6 +197,21 @@ def test_pictures_can_be_in_another_folder(name, write, tmp_path):
     assert user["images"] == [str(tmp_path / "coco" / "a.png")]
     with pytest.raises(ConfigError, match=r"there is no folder .*none.* for the pictures"):
         open_source(tmp_path / name, tmp_path / "none")
+
+
+def test_a_recipe_names_the_folder_of_pictures_and_that_only_last_answers_are_learned(write, tmp_path, recipe):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "a.png").write_bytes(PICTURE)
+    record = {"image": "a.png", "query": "?", "response": "the last", "history": [["What?", "the first"]]}
+    path = write("x.jsonl.gz", gzip.compress(json.dumps(record).encode()))
+    processor = Processor.from_directory(GOLDENS / "nano-base")
+    for last_only in ("true", "false"):
+        source = f"{{path='{path}', images='{tmp_path / 'coco'}', last_answer_only={last_only}}}"
+        batch = next(iter(batches(recipe(f"data.sources=[{source}]", "data.epochs=1").data, processor)))
+        learned = processor.tokenizer.decode(batch.labels[batch.labels != IGNORED])
+        assert (batch.visual_index >= 0).any()
+        assert "the last" in learned
+        assert ("the first" in learned) == (last_only == "false")
 
 
 @pytest.mark.parametrize("content", [b"\xff{}", b'{"n": ' + b"9" * 5000 + b"}", b"{", b"[" * 100_000, b""])

@@ -37,7 +37,7 @@ from vl2_jax.processing.sources import in_folder
 from vl2_jax.training.boxes import place_objects, with_boxes_that_can_be_read
 
 _LISTS = ("messages", "conversations", "conversation", "texts")
-_QUESTIONS = ("question", "query", "instruction", "prompt", "user", "input")
+_QUESTIONS = ("question", "query", "instruction", "prompt", "input", "user")
 _ANSWERS = ("answer", "response", "output", "completion", "assistant")
 
 
@@ -105,7 +105,7 @@ def _turns(record: Mapping[str, Any]) -> list[Any]:
     """The messages of a record, in whatever form they have."""
     for key in _LISTS:
         turns = _opened(record.get(key))
-        if isinstance(turns, list):
+        if isinstance(turns, list) and turns:
             return [message for turn in turns for message in _of_turn(turn)]
     pair = _pair(record)
     if pair is None:

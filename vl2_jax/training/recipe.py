@@ -82,6 +82,8 @@ class SourceRecipe:
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"weight of a data source is {self.weight}; expected a number above 0.")
+        if self.images is not None and self.path is None:
+            raise ConfigError("images of a data source is the folder of a path's pictures; scenes are drawn.")
 
 
 @dataclass(frozen=True)

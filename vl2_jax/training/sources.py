@@ -1,8 +1,8 @@
 """Data files by record: which kind a file is, and where in it each record stands.
 
     JSON lines, a JSON list, CSV   byte ranges in NumPy arrays; a record is read when it is asked for
+    those as .gz, .bz2, .xz        unpacked beside the other temporary files for as long as the process lives
     Parquet, Arrow, Feather        parts of the table (`training.tables`)
-    .gz, .bz2, .xz of those        unpacked beside the other temporary files for as long as the process lives
 
 A record is `{"where", "record", "folder"}`: where it stands, its bytes or its columns, and where its pictures are.
 """
@@ -36,7 +36,7 @@ from vl2_jax.errors import ConfigError, ConversationError, shown
 from vl2_jax.files import is_remote, path_of
 from vl2_jax.training.tables import ARROW_FILE, ARROW_STREAM, PARQUET, TableSource
 
-KINDS = "JSON lines, a JSON list, CSV or TSV, Parquet, Arrow or Feather, and their .gz, .bz2 and .xz"
+KINDS = "JSON lines, a JSON list, CSV or TSV (also as .gz, .bz2 or .xz), Parquet, Arrow or Feather"
 _PACKED: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 _WINDOW = 1 << 20  # bytes of a JSON list that are looked at together
 _LONGEST_RECORD = 1 << 28  # bytes
