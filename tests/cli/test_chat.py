@@ -4,7 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -136,25 +135,16 @@ def test_bytes_that_are_no_text_are_answered_all_the_same(model, standard_input)
 
 @pytest.mark.slow
 def test_a_real_conversation_goes_on_after_ctrl_c():
-    command = [
-        sys.executable,
-        "-m",
-        "vl2_jax.cli",
-        "chat",
-        "--model",
-        "vl2-nano",
-        "--max-tokens",
-        "100000",
-        "--ignore-eos",
-    ]
+    flags = ["--model", "vl2-nano", "--max-tokens", "100000", "--ignore-eos"]
+    command = [sys.executable, "-m", "vl2_jax.cli", "chat", *flags]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
-        chat.stdin.write(b"hello\n")
-        chat.stdin.flush()
-        begun = chat.stdout.read(8)
-        time.sleep(0.5)
-        chat.send_signal(signal.SIGINT)
-        assert b"stopped" in chat.stderr.readline() + chat.stderr.readline()
+        for message in (b"hello\n", b"go on\n"):
+            chat.stdin.write(message)
+            chat.stdin.flush()
+            assert len(chat.stdout.read(20)) == 20  # the prompt, and some of an answer that would not end
+            chat.send_signal(signal.SIGINT)
+            assert any(b"stopped" in line for line in iter(chat.stderr.readline, b""))
         out, errors = chat.communicate(b"/quit\n", timeout=60)
-    assert begun.startswith(b"> ")
-    assert (chat.returncode, errors) == (0, b"")
+    assert chat.returncode == 0
     assert out.endswith(b"> ")
+    assert b"Traceback" not in errors
