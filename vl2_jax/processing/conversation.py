@@ -94,12 +94,13 @@ def render(messages: Conversation, template: str = "deepseek", system: str = "")
 
 
 def _prompt(text: str, images: int, learned: bool, as_released: bool) -> list[Piece]:
-    body = _split_images(f": {text}\n\n" if text else ":", images, as_released)
+    around = (": ", "\n\n") if text else (":", "")
+    body = _split_images(text, images, as_released, *around)
     pieces = [Piece("token", USER), *body, Piece("token", ASSISTANT), Piece("text", ":")]
     return [Piece(piece.kind, piece.value, is_learned=learned) for piece in pieces]
 
 
-def _split_images(text: str, images: int, as_released: bool) -> list[Piece]:
+def _split_images(text: str, images: int, as_released: bool, before: str = "", after: str = "") -> list[Piece]:
     parts = text.split(IMAGE_TAG) if as_released else TAG.split(text)
     if len(parts) - 1 != images:
         beyond = f", and {ESCAPED_TAG} where the text itself is meant" if len(parts) - 1 > images else ""
@@ -107,6 +108,8 @@ def _split_images(text: str, images: int, as_released: bool) -> list[Piece]:
             f"{len(parts) - 1} {IMAGE_TAG} tag(s) but {images} picture(s) in {shown(text)}; "
             f"write one {IMAGE_TAG} where each picture belongs{beyond}."
         )
+    parts[0] = before + parts[0]
+    parts[-1] += after
     pieces: list[Piece] = []
     for i, part in enumerate(parts):
         if i:
