@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 import vl2_jax
 from convert.checkpoint import orbax
@@ -119,6 +123,34 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_a_preempted_evaluation_is_given_up_at_once_and_done_again(whole_run, tmp_path, data_file):
+    """The state is saved while the programs that answer are compiled, which takes longer than a preemption gives."""
+    path, _, _ = whole_run
+    more = [f'evaluation.sources=[{{path="{data_file}"}}]', "evaluation.every=1", "evaluation.samples=2"]
+    more += ["evaluation.max_tokens=300", "loop.steps=2", "loop.checkpoint_every=0", "data.workers=1"]
+    command = [sys.executable, "-m", "vl2_jax.cli", "train", str(path), "--out", str(tmp_path / "run")]
+    command += [part for change in more for part in ("--set", change)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while "step 1  evaluation loss" not in (line := process.stderr.readline()):
+            assert line, "it ended"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        while not (tmp_path / "run" / "checkpoints" / "00000001").is_dir():
+            assert time.monotonic() - begun < 10
+            time.sleep(0.05)
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not (tmp_path / "run" / "evaluation.jsonl").exists()
+    subprocess.run(command, env=environment, check=True)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert rows == [1, 2]
+
+
 def flip_a_bit(content):
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
@@ -167,21 +199,80 @@ def test_checkpoints_of_other_versions_are_named_and_not_passed_over(tmp_path):
         checkpoints.restore(state)
 
 
-def test_a_run_is_complete_where_its_data_ends(recipe, data_file, tmp_path):
+def test_a_run_ends_where_its_data_does_and_goes_on_when_its_epochs_grow(recipe, data_file, tmp_path):
     changes = [
         "loop.log_every=100",
-        "data.epochs=2",
+        "loop.steps=",
         f'evaluation.sources=[{{path="{data_file}"}}]',
         "evaluation.every=0",
+        "loop.keep_best=true",
     ]
-    run = train(recipe(*changes), tmp_path / "run", silent)
-    step = int(run.state.step)
-    assert run.is_complete
-    assert 0 < step < 8
+    told, steps = [], []
+    for epochs in (2, 3):
+        run = train(recipe(*changes, f"data.epochs={epochs}"), tmp_path / "run", told.append)
+        steps.append(int(run.state.step))
+        assert run.is_complete
+        assert run.ended_by == f"the data ended after {steps[-1]} steps (data.epochs = {epochs})"
+        assert told[-1] == f"complete after {steps[-1]} steps: {run.ended_by}"
+    assert 0 < steps[0] < steps[1] < 8
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [step]
-    assert list(losses_in(tmp_path / "run")) == [step]
-    assert not train(recipe(), tmp_path / "other", silent, until=1).is_complete
+    assert [row["step"] for row in rows] == steps
+    assert list(losses_in(tmp_path / "run")) == steps
+    best = min(rows, key=lambda row: row["loss"])["step"]
+    assert export_run(tmp_path / "run", tmp_path / "best", silent, step="best") == best
+    assert export_run(tmp_path / "run", tmp_path / "first", silent, step=steps[0]) == steps[0]
+
+
+def test_what_ends_a_run_with_steps_and_epochs_is_told(whole_run, tmp_path):
+    path, folder, whole = whole_run
+    assert whole.ended_by == "loop.steps = 8 ended the run"
+    told = []
+    run = train(read_recipe(path, ["data.epochs=20", "loop.steps=1"]), tmp_path / "run", told.append)
+    assert re.fullmatch(r"loop.steps = 1 ended the run, with \d+ % of data.epochs = 20 read; .*", run.ended_by)
+    assert (
+        "the run ends after 1 steps (loop.steps) or data.epochs = 20, 120 conversations, whichever comes first" in told
+    )
+    assert not train(read_recipe(path), tmp_path / "other", silent, until=1).is_complete
+
+
+def test_every_phase_of_a_beginning_is_told(whole_run, tmp_path):
+    path, _, _ = whole_run
+    phases = []
+    train(read_recipe(path), tmp_path / "run", silent, until=1, report=lambda phase, *_: phases.append(phase))
+    order = ["reading weights", "preparing the data", "reading data", "compiling the update", "the first step", ""]
+    places = [phases.index(phase) for phase in order]
+    assert places[:-1] == sorted(places[:-1])
+    assert phases[-1] == ""
+
+
+def board_of(folder):
+    """(name, step) of every number in TensorBoard's files."""
+    for path in sorted((folder / "tensorboard").glob("events*")):
+        content, begin = path.read_bytes(), 0
+        while begin < len(content):
+            end = begin + 16 + int.from_bytes(content[begin : begin + 8], "little")
+            event = Event.FromString(content[begin + 12 : end - 4])
+            yield from ((value.tag, event.step) for value in event.summary.value)
+            begin = end
+
+
+def test_curves_hold_every_step_once_after_a_run_was_killed(whole_run, tmp_path):
+    path, folder, _ = whole_run
+    run = tmp_path / "run"
+    train(read_recipe(path), run, silent, until=5)
+    shutil.rmtree(run / "checkpoints" / "00000005")  # as if it had been killed before
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": 1.')
+    (board,) = (run / "tensorboard").glob("events*")
+    board.write_bytes(board.read_bytes()[:-3])
+    told = []
+    train(read_recipe(path), run, told.append)
+    assert "going on from step 3" in told
+    assert [row["step"] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines())] == list(range(1, 9))
+    assert losses_in(run) == losses_in(folder)
+    drawn = list(board_of(run))
+    assert sorted(step for name, step in drawn if name == "loss") == list(range(1, 9))
+    assert len(drawn) == len(set(drawn))
 
 
 @pytest.mark.parametrize(
