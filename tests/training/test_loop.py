@@ -224,7 +224,7 @@ def test_a_run_ends_where_its_data_does_and_goes_on_when_its_epochs_grow(recipe,
 
 
 def test_what_ends_a_run_with_steps_and_epochs_is_told(whole_run, tmp_path):
-    path, folder, whole = whole_run
+    path, _, whole = whole_run
     assert whole.ended_by == "loop.steps = 8 ended the run"
     told = []
     run = train(read_recipe(path, ["data.epochs=20", "loop.steps=1"]), tmp_path / "run", told.append)

@@ -73,6 +73,11 @@ class Log:
         """TensorBoard's writer, made where there is something to write; None without it, or in other processes."""
         return _tensorboard(self._folder / _BOARD, self._begin) if self._writes else None
 
+    def close(self) -> None:
+        """What TensorBoard has not been told is written."""
+        if self.__dict__.get("board") is not None:
+            self.board.close()
+
     def step(
         self, step: int, metrics: Metrics, rate: float, total: float, skipped: int, reports: list[BadSample]
     ) -> None:

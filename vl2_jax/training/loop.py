@@ -137,7 +137,7 @@ class _Training:
     def to_end(self, length: Length, until: float) -> Run:
         """Updates, until the run's length, `until` or a signal ends them; what is complete is evaluated."""
         self.tell(length.plan(self.stream.records))
-        with closing(self.stream), Interruption() as interruption, self.checkpoints:
+        with closing(self.stream), closing(self.log), Interruption() as interruption, self.checkpoints:
             is_over = self._update_until(length, until, interruption)
             if is_over and not self.step:
                 left_out = self.stream.skipped
