@@ -168,7 +168,7 @@ def our_training(config: VL2Config, params: Params) -> Party:
             state.append(init_state(recipe, jax.tree.map(jnp.copy, params)))
 
         def once() -> None:
-            state[0], metrics = update(state[0], batch)
+            state[0], metrics = update(state[0], batch, np.float32(optimizer.learning_rate))
             jax.block_until_ready((state[0], metrics))
 
         return seconds_of(once)

@@ -28,6 +28,7 @@ from vl2_jax.training.recipe import Recipe
 from vl2_jax.training.step import init_state, make_step
 
 ROWS, LENGTH, TILES, STEPS = 4, 512, 8, 3
+RATE = np.float32(1e-4)
 DECODER = {"num_hidden_layers": 24, "hidden_size": 256, "n_routed_experts": 16, "intermediate_size": 768}
 
 
@@ -52,12 +53,12 @@ def main() -> None:
         model = VL2Model(config, jnp.float32, jnp.float32, remat=remat, scan=scan)
         state = init_state(recipe, jax.tree.map(jnp.copy, params))
         begun = time.perf_counter()
-        step = make_step(model, recipe).lower(state, batch).compile()
+        step = make_step(model, recipe).lower(state, batch, RATE).compile()
         compiled = time.perf_counter() - begun
         seconds = []
         for _ in range(STEPS):
             begun = time.perf_counter()
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, RATE)
             jax.block_until_ready((state, metrics))
             seconds.append(time.perf_counter() - begun)
         memory = step.memory_analysis().temp_size_in_bytes

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Report = Callable[[str, int, int], None]  # phase, done, total (0 if nobody knows)
+Report = Callable[[str, int, int], None]  # phase ("" once it is over), done, total (0 if nobody knows)
 
 _SECONDS_OF_SILENCE = 4.0
 
@@ -69,9 +69,9 @@ class Display:
             if self._bar is not None:
                 if self._task is not None:
                     self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(phase, total=None)
+                self._task = self._bar.add_task(phase, total=None) if phase else None
         self._phase, self._done, self._total = phase, done, total
-        if self._bar is not None:
+        if self._task is not None:
             self._bar.update(self._task, completed=done, total=total or None)
 
     def close(self) -> None:

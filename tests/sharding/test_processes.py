@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from tests.conftest import GOLDENS
 from vl2_jax.api import load
 from vl2_jax.training.export import export_run
+from vl2_jax.training.loop import train
+from vl2_jax.training.recipe import read_recipe
 
 MODEL, PICTURE = GOLDENS / "nano-small", GOLDENS / "images" / "tall.png"
 
@@ -98,8 +101,12 @@ def test_two_processes_train_stop_together_and_go_on(tmp_path):
         time.sleep(0.3)
     told = finish(both)
     assert "is saved, and the same command goes on" in told
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
     assert "going on from step" in finish(start_both([*command, str(tmp_path / "stopped")], [], []))
     assert losses_in("stopped") == losses_in("whole")
+    alone = train(read_recipe(tmp_path / "recipe.toml"), tmp_path / "alone", print, mesh="data=2,fsdp=2,expert=2")
+    assert alone.is_complete  # one process goes on where two were
+    assert len(losses_in("alone")) == 6
     assert export_run(tmp_path / "stopped", tmp_path / "model", print) == 6
     assert load(tmp_path / "model").config == load("vl2-nano").config
 

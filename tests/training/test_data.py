@@ -4,10 +4,14 @@ import itertools
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
 import numpy as np
+import psutil
 import pytest
 
 import vl2_jax
@@ -188,9 +192,58 @@ def test_worker_processes_give_the_same_batches(recipe):
         np.testing.assert_array_equal(a.tiles, b.tiles)
     state = json.loads(json.dumps(helped.get_state()))
     expected = next(helped)
-    again = iter(batches(recipe("data.workers=1").data, processor))
+    helped.close()
+    again = batches(recipe("data.workers=0").data, processor)  # a place does not depend on who reads
     again.set_state(state)
     np.testing.assert_array_equal(next(again).input_ids, expected.input_ids)
+
+
+READER = """
+import sys, time
+import psutil
+from vl2_jax.api import load
+from vl2_jax.training.data import batches
+from vl2_jax.training.recipe import read_recipe
+
+if __name__ == "__main__":
+    stream = batches(read_recipe(sys.argv[1], ["data.workers=1"]).data, load(sys.argv[2]).processor)
+    next(stream)
+    print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_a_run_that_is_killed(recipe_file, tmp_path, kind):
+    (tmp_path / "reader.py").write_text(READER)
+    command = [sys.executable, str(tmp_path / "reader.py"), str(recipe_file()), str(GOLDENS / "nano-base")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        children = [psutil.Process(int(pid)) for pid in run.stdout.readline().split()]
+        assert children
+        run.send_signal(kind)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive
+        assert run.stdout.read() == ""  # nobody holds the terminal either
+
+
+def test_a_stream_goes_on_with_another_number_of_processes(recipe, tmp_path):
+    rows = [json.dumps({"question": "?", "answer": f"record {number}."}) for number in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    changes = (f"data.sources=[{{path='{tmp_path / 'rows.jsonl'}'}}]", "data.rows=6", "data.sequence_length=24")
+    processor = vl2_jax.load(GOLDENS / "nano-base").processor
+
+    def records(stream, most):
+        batches_ = list(itertools.islice(stream, most))
+        return re.findall(r"record (\d+)", "".join(processor.tokenizer.decode(b.input_ids.ravel()) for b in batches_))
+
+    two = [batches(recipe(*changes, "data.epochs=1").data, processor, share, 2) for share in range(2)]
+    read = records(two[0], 1) + records(two[1], 4)
+    states = json.loads(json.dumps([stream.get_state() for stream in two]))
+    three = [batches(recipe(*changes, "data.epochs=2").data, processor, share, 3) for share in range(3)]  # and longer
+    for stream in three:
+        stream.set_state(*states)
+        read += records(stream, None)
+    assert sorted(map(int, read)) == sorted(2 * list(range(60)))
 
 
 def test_hosts_read_different_samples_and_together_all(recipe):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -60,6 +62,29 @@ def test_a_run_is_evaluated_and_asked(recipe, data_file, tmp_path):
     assert all(row["flops_per_second"] > 0 and row["tiles_per_second"] > 0 for row in log)
     assert all(row["busiest_expert"] >= 1 for row in log)
     assert list((tmp_path / "run/tensorboard").glob("events*"))
+
+
+def test_a_signal_ends_an_evaluation_which_is_done_when_the_run_goes_on(recipe, data_file, tmp_path):
+    changes = [f'evaluation.sources=[{{path="{data_file}"}}]', "evaluation.every=2", "evaluation.samples=3"]
+    changes += ["evaluation.max_tokens=4", "loop.steps=3", "loop.checkpoint_every=0"]
+    told = []
+
+    def tell(line):
+        told.append(line)
+        if "step 2  evaluation loss" in line and told.count(line) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = train(recipe(*changes), tmp_path / "run", tell)
+    assert (run.stopped_by, run.is_complete) == (signal.SIGTERM, False)
+    assert told[-1] == "interrupted; step 2 is saved, and the same command goes on from there"
+    assert not (tmp_path / "run/evaluation.jsonl").exists()
+    assert train(recipe(*changes), tmp_path / "run", tell).is_complete
+    rows = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 3]
+    assert [path.name for path in sorted((tmp_path / "run/samples").glob("*.jsonl"))] == [
+        "00000002.jsonl",
+        "00000003.jsonl",
+    ]
 
 
 def test_padding_has_no_part_in_the_balance_loss():

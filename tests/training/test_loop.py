@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 import vl2_jax
 from convert.checkpoint import orbax
@@ -24,10 +28,11 @@ from vl2_jax.training.checkpoints import Checkpoints
 from vl2_jax.training.data import batches
 from vl2_jax.training.export import export_run
 from vl2_jax.training.loop import TrainingError, train
-from vl2_jax.training.optimizer import is_trained, optimizer_of, schedule_of
+from vl2_jax.training.optimizer import is_trained, learning_rate, optimizer_of
 from vl2_jax.training.recipe import OptimizerRecipe, read_recipe
 from vl2_jax.training.step import all_finite, balanced, init_state, make_step
 
+RATE = np.float32(1e-3)
 PICTURE_QUESTION = [
     {"role": "user", "content": "<image>\nAnd this?", "images": [GOLDENS / "images" / "tall.png"]},
     {"role": "assistant", "content": ""},
@@ -118,6 +123,34 @@ def test_a_killed_run_goes_on_bit_for_bit(whole_run, tmp_path):
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_a_preempted_evaluation_is_given_up_at_once_and_done_again(whole_run, tmp_path, data_file):
+    """The state is saved while the programs that answer are compiled, which takes longer than a preemption gives."""
+    path, _, _ = whole_run
+    more = [f'evaluation.sources=[{{path="{data_file}"}}]', "evaluation.every=1", "evaluation.samples=2"]
+    more += ["evaluation.max_tokens=300", "loop.steps=2", "loop.checkpoint_every=0", "data.workers=1"]
+    command = [sys.executable, "-m", "vl2_jax.cli", "train", str(path), "--out", str(tmp_path / "run")]
+    command += [part for change in more for part in ("--set", change)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while "step 1  evaluation loss" not in (line := process.stderr.readline()):
+            assert line, "it ended"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        while not (tmp_path / "run" / "checkpoints" / "00000001").is_dir():
+            assert time.monotonic() - begun < 10
+            time.sleep(0.05)
+        process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+    assert not (tmp_path / "run" / "evaluation.jsonl").exists()
+    subprocess.run(command, env=environment, check=True)
+    rows = [json.loads(line)["step"] for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert rows == [1, 2]
+
+
 def flip_a_bit(content):
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
@@ -140,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_written_again(whole_run, tmp_pa
     assert "going on from step 3" in told
     assert losses_in(tmp_path / "run") == losses_in(folder)
     train(recipe, tmp_path / "run", told.append)
-    assert told[-1] == "going on from step 8"
+    assert "going on from step 8" in told
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="none of the 3 checkpoint"):
@@ -157,31 +190,89 @@ def test_what_is_saved_may_be_gone_once_saving_has_begun(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, orbax().load(str(tmp_path / "state")), wanted)
 
 
-def test_shares_of_other_processes_are_not_passed_over(tmp_path):
+def test_checkpoints_of_other_versions_are_named_and_not_passed_over(tmp_path):
     state = {"a": jnp.ones(2)}
-    whole = Checkpoints(tmp_path, 3, silent)
-    whole.save(1, state, {"data": 0})
-    whole.wait()
-    with pytest.raises(CheckpointError, match=r"written by 1 process\(es\) .* here are 2; go on with 1"):
-        Checkpoints(tmp_path, 3, silent, share=(0, 2)).restore(state)
-    assert whole.restore(state)[1] == {"data": 0}
+    checkpoints = Checkpoints(tmp_path, 3, silent)
+    checkpoints.save(1, state, {"data": 0, "format": 1})
+    checkpoints.wait()
+    with pytest.raises(CheckpointError, match="written by another version of vl2-jax"):
+        checkpoints.restore(state)
 
 
-def test_a_run_is_complete_where_its_data_ends(recipe, data_file, tmp_path):
+def test_a_run_ends_where_its_data_does_and_goes_on_when_its_epochs_grow(recipe, data_file, tmp_path):
     changes = [
         "loop.log_every=100",
-        "data.epochs=2",
+        "loop.steps=",
         f'evaluation.sources=[{{path="{data_file}"}}]',
         "evaluation.every=0",
+        "loop.keep_best=true",
     ]
-    run = train(recipe(*changes), tmp_path / "run", silent)
-    step = int(run.state.step)
-    assert run.is_complete
-    assert 0 < step < 8
+    told, steps = [], []
+    for epochs in (2, 3):
+        run = train(recipe(*changes, f"data.epochs={epochs}"), tmp_path / "run", told.append)
+        steps.append(int(run.state.step))
+        assert run.is_complete
+        assert run.ended_by == f"the data ended after {steps[-1]} steps (data.epochs = {epochs})"
+        assert told[-1] == f"complete after {steps[-1]} steps: {run.ended_by}"
+    assert 0 < steps[0] < steps[1] < 8
     rows = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [step]
-    assert list(losses_in(tmp_path / "run")) == [step]
-    assert not train(recipe(), tmp_path / "other", silent, until=1).is_complete
+    assert [row["step"] for row in rows] == steps
+    assert list(losses_in(tmp_path / "run")) == steps
+    best = min(rows, key=lambda row: row["loss"])["step"]
+    assert export_run(tmp_path / "run", tmp_path / "best", silent, step="best") == best
+    assert export_run(tmp_path / "run", tmp_path / "first", silent, step=steps[0]) == steps[0]
+
+
+def test_what_ends_a_run_with_steps_and_epochs_is_told(whole_run, tmp_path):
+    path, _, whole = whole_run
+    assert whole.ended_by == "loop.steps = 8 ended the run"
+    told = []
+    run = train(read_recipe(path, ["data.epochs=20", "loop.steps=1"]), tmp_path / "run", told.append)
+    assert re.fullmatch(r"loop.steps = 1 ended the run, with \d+ % of data.epochs = 20 read; .*", run.ended_by)
+    assert (
+        "the run ends after 1 steps (loop.steps) or data.epochs = 20, 120 conversations, whichever comes first" in told
+    )
+    assert not train(read_recipe(path), tmp_path / "other", silent, until=1).is_complete
+
+
+def test_every_phase_of_a_beginning_is_told(whole_run, tmp_path):
+    path, _, _ = whole_run
+    phases = []
+    train(read_recipe(path), tmp_path / "run", silent, until=1, report=lambda phase, *_: phases.append(phase))
+    order = ["reading weights", "preparing the data", "reading data", "compiling the update", "the first step", ""]
+    places = [phases.index(phase) for phase in order]
+    assert places[:-1] == sorted(places[:-1])
+    assert phases[-1] == ""
+
+
+def board_of(folder):
+    """(name, step) of every number in TensorBoard's files."""
+    for path in sorted((folder / "tensorboard").glob("events*")):
+        content, begin = path.read_bytes(), 0
+        while begin < len(content):
+            end = begin + 16 + int.from_bytes(content[begin : begin + 8], "little")
+            event = Event.FromString(content[begin + 12 : end - 4])
+            yield from ((value.tag, event.step) for value in event.summary.value)
+            begin = end
+
+
+def test_curves_hold_every_step_once_after_a_run_was_killed(whole_run, tmp_path):
+    path, folder, _ = whole_run
+    run = tmp_path / "run"
+    train(read_recipe(path), run, silent, until=5)
+    shutil.rmtree(run / "checkpoints" / "00000005")  # as if it had been killed before
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": 1.')
+    (board,) = (run / "tensorboard").glob("events*")
+    board.write_bytes(board.read_bytes()[:-3])
+    told = []
+    train(read_recipe(path), run, told.append)
+    assert "going on from step 3" in told
+    assert [row["step"] for row in map(json.loads, (run / "log.jsonl").read_text().splitlines())] == list(range(1, 9))
+    assert losses_in(run) == losses_in(folder)
+    drawn = list(board_of(run))
+    assert sorted(step for name, step in drawn if name == "loss") == list(range(1, 9))
+    assert len(drawn) == len(set(drawn))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +296,7 @@ def test_a_step_that_is_not_a_number_changes_nothing(recipe):
     state = init_state(described, vl2.params)
     state.trained["language/norm/scale"] = state.trained["language/norm/scale"].at[0].set(jnp.nan)
     before = jax.tree.map(np.array, state)
-    after, metrics = make_step(vl2.model, described)(state, jax.tree.map(lambda a: a[None], batch))
+    after, metrics = make_step(vl2.model, described)(state, jax.tree.map(lambda a: a[None], batch), RATE)
     assert not metrics.is_finite
     assert not all_finite(after)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
@@ -241,7 +332,7 @@ def test_a_start_that_fails_leaves_no_recipe_to_keep_to(recipe, tmp_path):
     train(recipe(), tmp_path / "run", silent, until=1)
 
 
-@pytest.mark.parametrize("change", ["optimizer.weight_decay=0.2", "data.workers=1"])
+@pytest.mark.parametrize("change", ["optimizer.weight_decay=0.2", "data.rows=4"])
 def test_another_recipe_is_refused(whole_run, recipe, change):
     _, folder, _ = whole_run
     with pytest.raises(ConfigError, match=rf"another recipe .*{change.partition('=')[0]}"):
@@ -261,7 +352,7 @@ def test_accumulated_batches_equal_one_large_one(recipe):
     for described, parts in ((recipe(*changes), [batch]), (recipe(*changes, "optimizer.accumulate=2"), halves)):
         state = init_state(described, vl2.params)
         stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
-        states.append(make_step(vl2.model, described)(jax.tree.map(jnp.copy, state), stacked))
+        states.append(make_step(vl2.model, described)(jax.tree.map(jnp.copy, state), stacked, RATE))
     (large, of_large), (small, of_small) = states
     np.testing.assert_allclose(of_large.loss, of_small.loss, rtol=1e-6)
     np.testing.assert_allclose(of_large.gradient_norm, of_small.gradient_norm, rtol=1e-5)
@@ -272,8 +363,7 @@ def test_accumulated_batches_equal_one_large_one(recipe):
 
 def test_schedules_follow_the_paper():
     def rates(steps=100, **changes):
-        schedule = schedule_of(OptimizerRecipe(learning_rate=1.0, **changes), steps)
-        return [float(schedule(step)) for step in range(steps)]
+        return [learning_rate(OptimizerRecipe(learning_rate=1.0, **changes), step, steps) for step in range(steps)]
 
     assert set(rates(schedule="constant")) == {1.0}
     step = rates(schedule="step")
@@ -285,16 +375,16 @@ def test_schedules_follow_the_paper():
     stable = rates(schedule="warmup_stable_decay", warmup=10, decay_share=0.2)
     assert stable[79] == 1
     assert stable[99] < 0.2
-    with pytest.raises(ConfigError, match="'linear'; expected constant"):
-        rates(schedule="linear")
+    with pytest.raises(ConfigError, match="'linear'; expected one of constant"):
+        optimizer_of(OptimizerRecipe(schedule="linear"))
 
 
 def test_the_vision_tower_learns_at_its_own_rate_and_vectors_do_not_decay():
     params = {name: jnp.ones((2, 2)) for name in ("vision/a", "language/a")} | {"language/scale": jnp.ones(2)}
     recipe = OptimizerRecipe(learning_rate=1.0, vision_multiplier=0.1, weight_decay=0.5, clip=1e9)
-    optimizer = optimizer_of(recipe, 10)
+    optimizer = optimizer_of(recipe)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    updates, _ = optimizer.update(zero, optimizer.init(params), params, rate=1.0)
     np.testing.assert_allclose([updates[n].ravel()[0] for n in params], [-0.05, -0.5, 0.0], rtol=1e-6)
 
 
@@ -305,8 +395,8 @@ def test_muon_makes_updates_of_hidden_matrices_orthogonal_each_expert_by_itself(
     gradients = {name: jnp.asarray(random.standard_normal(a.shape), jnp.float32) for name, a in params.items()}
     updates = {}
     for kind in ("adamw", "muon"):
-        optimizer = optimizer_of(OptimizerRecipe(kind=kind, learning_rate=1.0, weight_decay=0.0, clip=1e9), 10)
-        updates[kind], _ = optimizer.update(gradients, optimizer.init(params), params)
+        optimizer = optimizer_of(OptimizerRecipe(kind=kind, weight_decay=0.0, clip=1e9))
+        updates[kind], _ = optimizer.update(gradients, optimizer.init(params), params, rate=1.0)
     for name in ("language/embed_tokens", "language/scale"):
         np.testing.assert_array_equal(updates["muon"][name], updates["adamw"][name])
     for name in ("language/mlp/experts_up", "language/o/kernel"):
@@ -317,12 +407,13 @@ def test_muon_makes_updates_of_hidden_matrices_orthogonal_each_expert_by_itself(
         gradients | {"language/mlp/experts_up": gradients["language/mlp/experts_up"].at[1:].multiply(100.0)},
         optimizer.init(params),
         params,
+        rate=1.0,
     )
     np.testing.assert_allclose(
         alone["language/mlp/experts_up"][0], updates["muon"]["language/mlp/experts_up"][0], atol=1e-5
     )
     with pytest.raises(ConfigError, match="'sgd'; expected adamw or muon"):
-        optimizer_of(OptimizerRecipe(kind="sgd"), 10)
+        optimizer_of(OptimizerRecipe(kind="sgd"))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -330,7 +421,7 @@ def test_muon_makes_updates_of_hidden_matrices_orthogonal_each_expert_by_itself(
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
 def test_moments_are_kept_as_asked_and_computed_in_float32(kind, params, state):
     recipe = OptimizerRecipe(kind=kind, state_dtype=state)
-    optimizer = optimizer_of(recipe, 10)
+    optimizer = optimizer_of(recipe)
     leaves = {
         "language/layers_0/mlp/up_proj/kernel": jnp.ones((4, 4), params),
         "language/norm/scale": jnp.ones(4, params),
@@ -338,13 +429,13 @@ def test_moments_are_kept_as_asked_and_computed_in_float32(kind, params, state):
     gradients = jax.tree.map(lambda a: jnp.full(a.shape, 3e-3), leaves)
     states = optimizer.init(leaves)
     for _ in range(3):
-        updates, states = optimizer.update(gradients, states, leaves)
+        updates, states = optimizer.update(gradients, states, leaves, rate=RATE)
     moments = [a for a in jax.tree.leaves(states) if jnp.shape(a) in ((4, 4), (4,)) and a.dtype != jnp.int32]
     assert {str(a.dtype) for a in moments} == {state}
-    wanted, exact = optimizer_of(OptimizerRecipe(kind=kind), 10), jax.tree.map(lambda a: a.astype(jnp.float32), leaves)
+    wanted, exact = optimizer_of(OptimizerRecipe(kind=kind)), jax.tree.map(lambda a: a.astype(jnp.float32), leaves)
     states = wanted.init(exact)
     for _ in range(3):
-        right, states = wanted.update(gradients, states, exact)
+        right, states = wanted.update(gradients, states, exact, rate=RATE)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02), updates, right)
 
 

@@ -121,8 +121,8 @@ def _train(config: VL2Config, layout: MeshLayout, batch: int, context: int, reci
     needed = training_costs(config, recipe).of(*work) / layout.devices
     again = costs_of(config).forward(*work) / layout.devices if recipe.model.remat else 0.0
     moved = 4 * sum(kinds.values())
-    step: Any = make_step(model, recipe, state)
-    return Program(lambda: step.lower(state, packed), kinds, needed + again, moved, needed)
+    step, rate = make_step(model, recipe, state), np.float32(recipe.optimizer.learning_rate)
+    return Program(lambda: step.lower(state, packed, rate), kinds, needed + again, moved, needed)
 
 
 def weight_kinds(flat: dict[str, jax.ShapeDtypeStruct]) -> dict[str, int]:

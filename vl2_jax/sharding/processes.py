@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,9 +105,13 @@ def wait_for_all(what: str) -> None:
 
 def most_of_all(number: int) -> int:
     """The largest of all processes' numbers, agreed on by the devices."""
-    if jax.process_count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return int(np.max(of_all([number])))
+
+
+def of_all(numbers: Sequence[int]) -> np.ndarray:
+    """Every process's numbers, a row each."""
+    mine = np.asarray(numbers, np.int32)
+    return mine[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(mine))
 
 
 def chosen_by_one(number: int) -> int:

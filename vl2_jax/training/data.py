@@ -1,13 +1,16 @@
 """Conversations to packed batches, with a position that a checkpoint can hold.
 
-sources --mix--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
+sources --mix--> order --share--> record --encode--> Encoded (or BadSample) --pack--> PackedBatch
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import os
 import textwrap
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +24,12 @@ from vl2_jax.scenes import SceneSource
 from vl2_jax.training.formats import last_answer_only, questions_apart, to_conversation
 from vl2_jax.training.packing import PackedBatch, pack
 from vl2_jax.training.recipe import DataRecipe, SourceRecipe
+from vl2_jax.training.shares import Rest, ShareDataset
 from vl2_jax.training.sources import JsonSource as JsonSource
 from vl2_jax.training.sources import open_source, parsed
 
 _READ_AHEAD = 64
 _MOST_BAD = 1000  # samples one after another, after which the data itself is bad
-_BAD = (VL2Error, OSError)  # what records raise; the system's for names of pictures that cannot be
 _LONGEST_REASON = 240  # characters
 
 
@@ -56,7 +59,7 @@ class Encoder:
                 encoded = self._processor.encode_apart(questions_apart(messages))
             else:
                 encoded = self._processor.encode(messages, inference=False)
-        except _BAD as error:
+        except VL2Error as error:
             return BadSample(where, _reason(error))
         if len(encoded) > self._most_positions:
             return BadSample(where, f"{len(encoded)} positions do not fit into a row of {self._most_positions}")
@@ -67,30 +70,31 @@ class Encoder:
         return encoded
 
 
-class PackDataset(grain.IterDataset):
-    """Batches of packed rows, of an `IterDataset` of samples."""
+class Batches:
+    """One process's packed batches, and its place in the data.
 
-    def __init__(self, parent: grain.IterDataset, recipe: DataRecipe, **layout: int):
-        super().__init__(parent)
-        self._recipe, self._layout = recipe, layout
+    First fit: a batch is full when a sample fits into no row of it, or its tiles into no tile budget. The sample that
+    did not fit begins the next batch; the place is before it.
 
-    def __iter__(self) -> PackIterator:
-        return PackIterator(iter(self._parent), self._recipe, **self._layout)
-
-
-class PackIterator(grain.DatasetIterator):
-    """First fit: a batch is full when a sample fits into no row of it, or its tiles into no tile budget.
-
-    The sample that did not fit begins the next batch; the state is the position before it.
+    Attributes:
+      records: samples of all passes, over all processes; `None` if they have no end.
+      skipped: how many were left out; those not told of yet are in `reports`.
     """
 
-    def __init__(self, parent: grain.DatasetIterator, recipe: DataRecipe, **layout: int):
-        super().__init__(parent)
-        self._recipe, self._layout = recipe, layout
-        self._before = parent.get_state()
+    def __init__(
+        self, order: grain.MapDataset, encoder: Encoder, recipe: DataRecipe, share: int, shares: int, **layout: int
+    ):
+        self._order, self._encoder, self._recipe, self._layout = order, encoder, recipe, layout
+        self._share, self._shares = share, shares
+        self._rest, self._read = Rest(), 0
+        self._samples: Any = None
         self._waiting: Encoded | None = None
+        self.records = None if recipe.epochs is None else len(order)
         self.skipped = 0
         self.reports: list[BadSample] = []
+
+    def __iter__(self) -> Batches:
+        return self
 
     def __next__(self) -> PackedBatch:
         rows: list[list[Encoded]] = [[] for _ in range(self._recipe.rows)]
@@ -112,28 +116,59 @@ class PackIterator(grain.DatasetIterator):
             raise StopIteration
         return self._packed(rows)
 
+    @property
+    def taken(self) -> int:
+        """Samples of this process's share that its batches hold, or that were left out."""
+        return self._read - (self._waiting is not None)
+
+    def share_read(self, taken: int) -> float:
+        """The share of all passes that is read once all processes together have taken so many; 0 of what never ends."""
+        if self.records is None:
+            return 0.0
+        return 1 - (self._rest.length(self.records) - taken) / self.records
+
     def empty(self) -> PackedBatch:
         """A batch that holds nothing, for those that end before others do."""
         return self._packed([[]] * self._recipe.rows)
 
+    def get_state(self) -> dict[str, Any]:
+        """This process's place, as JSON."""
+        rest = dataclasses.asdict(self._rest)
+        return {**rest, "taken": self.taken, "skipped": self.skipped}
+
+    def set_state(self, *states: dict[str, Any]) -> None:
+        """Goes on where as many processes were. With as many as here each goes on in its own share.
+
+        With another number, what none of them has taken is shared out again: nothing is lost or read twice.
+        """
+        self.close()
+        rest = Rest(tuple(states[0]["left"]), states[0]["begin"])
+        if len(states) == self._shares:
+            mine = states[self._share]
+            self._rest, self._read, self.skipped = rest, mine["taken"], mine["skipped"]
+        else:
+            self._rest, self._read = rest.after([state["taken"] for state in states]), 0
+            self.skipped = sum(state["skipped"] for state in states) if self._share == 0 else 0
+
+    def close(self) -> None:
+        """Ends the processes that read ahead."""
+        if self._samples is not None:
+            self._samples.close()
+        self._samples, self._read, self._waiting = None, self.taken, None
+
     def _packed(self, rows: list[list[Encoded]]) -> PackedBatch:
         return pack(rows, self._recipe.sequence_length, self._recipe.tiles, **self._layout)
 
-    def get_state(self) -> dict[str, Any]:
-        state = self._before if self._waiting is not None else self._parent.get_state()
-        return {"samples": state, "skipped": self.skipped}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["samples"])
-        self._before, self._waiting, self.skipped = state["samples"], None, state["skipped"]
-
     def _next_sample(self) -> Encoded | None:
+        if self._samples is None:
+            mine = ShareDataset(self._order, self._rest, self._share, self._shares, self._read)
+            self._samples = _read_ahead(mine.map(self._encoder), self._recipe.workers)
         for _ in range(_MOST_BAD):
-            self._before = self._parent.get_state()
             try:
-                sample = next(self._parent)
+                sample = next(self._samples)
             except StopIteration:
                 return None
+            self._read += 1
             if not isinstance(sample, BadSample):
                 return sample
             told = f"{sample.where}: {sample.reason.rstrip('.')}"
@@ -147,11 +182,11 @@ class PackIterator(grain.DatasetIterator):
         )
 
 
-def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: int = 1) -> grain.IterDataset:
-    """One host's share of every batch: `rows / shares` rows of its own samples.
+def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: int = 1) -> Batches:
+    """One process's share of every batch: `rows / shares` rows of its own samples.
 
     Raises:
-      ConfigError: rows or tiles do not divide into the hosts, or there is no source.
+      ConfigError: rows or tiles do not divide into the processes, or there is no source.
     """
     if recipe.rows % shares or recipe.tiles % shares:
         raise ConfigError(f"{recipe.rows} rows and {recipe.tiles} tiles do not divide into {shares} hosts.")
@@ -162,15 +197,31 @@ def batches(recipe: DataRecipe, processor: Processor, share: int = 0, shares: in
     part = dataclasses.replace(recipe, rows=recipe.rows // shares, tiles=recipe.tiles // shares)
     config = dataclasses.replace(processor.config, mask_prompt=not recipe.learn_prompts)
     encoder = Encoder(processor.replace(config=config), part.sequence_length, part.tiles)
-    samples = _mixed(recipe, share, shares).map(encoder)
-    if recipe.workers:
-        flags.FLAGS.mark_as_parsed()  # Grain's processes read absl's flags, which nobody parses here
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
-        stream = samples.to_iter_dataset(options).mp_prefetch(grain.MultiprocessingOptions(recipe.workers))
-    else:
-        stream = samples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD))
     layout = {"pad_id": processor.tokenizer.pad_id, "tile_size": processor.config.tile_size}
-    return PackDataset(stream, part, **layout, first_tile=share * part.tiles)
+    return Batches(_order(recipe), encoder, part, share, shares, **layout, first_tile=share * part.tiles)
+
+
+def _read_ahead(samples: grain.MapDataset, workers: int) -> Any:
+    """An iterator over samples that other threads or processes make."""
+    if not workers:
+        return iter(samples.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=_READ_AHEAD)))
+    flags.FLAGS.mark_as_parsed()  # Grain's processes read absl's flags, which nobody parses here
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+    processes = grain.MultiprocessingOptions(workers)
+    return iter(samples.to_iter_dataset(options).mp_prefetch(processes, worker_init_fn=_begin_worker))
+
+
+def _begin_worker(_: int, __: int) -> None:
+    """A worker ends with the run, however that ends, and signals to the run's terminal are not for it."""
+    os.setpgid(0, 0)
+    run = multiprocessing.parent_process()
+
+    def end_with_run() -> None:
+        if run is not None:
+            run.join()
+            os._exit(1)
+
+    threading.Thread(target=end_with_run, daemon=True).start()
 
 
 def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> list[tuple[Conversation, str]]:
@@ -192,7 +243,7 @@ def first_questions(recipe: DataRecipe, processor: Processor, count: int) -> lis
             if end:  # there is one, and something before it
                 processor.encode([*messages[:end], {"role": "assistant", "content": ""}])  # it can be asked
                 found.append((messages[:end], messages[end]["content"]))
-        except _BAD:
+        except VL2Error:
             continue
     return found
 
@@ -210,16 +261,20 @@ def _messages_of(record: dict[str, Any]) -> Conversation:
     return last_answer_only(messages) if record.get("last_answer_only") else messages
 
 
-def _mixed(recipe: DataRecipe, share: int, shares: int) -> grain.MapDataset:
-    """One host's share of all sources.
+def _order(recipe: DataRecipe) -> grain.MapDataset:
+    """The samples of all processes in their order, the same however many share them and however long a run is.
 
-    Sources are shared out before they are mixed: a mixture repeats itself, and a host could see one source alone.
+    With epochs, files are shuffled together and each pass holds every record once; otherwise sources are mixed by
+    weight.
     """
-    parts = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
+    sources = [_ordered(source, recipe, number) for number, source in enumerate(recipe.sources)]
     if recipe.epochs is not None and all(source.path for source in recipe.sources):
-        return grain.MapDataset.concatenate(parts).shuffle(seed=recipe.seed)[share::shares]
-    mine = [part[share::shares] for part in parts]
-    return mine[0] if len(mine) == 1 else grain.MapDataset.mix(mine, weights=[s.weight for s in recipe.sources])
+        together = sources[0] if len(sources) == 1 else grain.MapDataset.concatenate(sources).shuffle(seed=recipe.seed)
+        return together.repeat(recipe.epochs)
+    endless = [s.repeat(recipe.epochs) if source.path else s for s, source in zip(sources, recipe.sources, strict=True)]
+    if len(endless) == 1:
+        return endless[0]
+    return grain.MapDataset.mix(endless, weights=[source.weight for source in recipe.sources])
 
 
 def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.MapDataset:
@@ -228,8 +283,9 @@ def _ordered(source: SourceRecipe, recipe: DataRecipe, number: int) -> grain.Map
     if source.scenes is not None:
         records = grain.MapDataset.source(SceneSource(source.scenes, source.sizes))
     else:
-        records = grain.MapDataset.source(open_source(source.path or "", source.images))
-        records = records.shuffle(seed=recipe.seed + number).repeat(recipe.epochs)
+        records = grain.MapDataset.source(open_source(source.path or "", source.images)).shuffle(
+            seed=recipe.seed + number
+        )
     return records.map(functools.partial(_as_described, source)) if source.apart or source.last_answer_only else records
 
 

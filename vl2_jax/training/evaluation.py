@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,26 @@ from vl2_jax.processing.batch import IGNORED, Processor
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.processing.grounding import draw_boxes
 from vl2_jax.processing.images import load_image
+from vl2_jax.progress import Report
 from vl2_jax.sharding.processes import most_of_all
 from vl2_jax.training.data import batches, first_questions
-from vl2_jax.training.log import Log
+from vl2_jax.training.folder import rows_of, write
+from vl2_jax.training.log import EVALUATED, EVALUATION_FILE, Log
 from vl2_jax.training.objective import losses
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import Recipe
 from vl2_jax.training.step import TrainState, model_variables, params_of
 
-EVALUATION_FILE, SAMPLES = "evaluation.jsonl", "samples"
+SAMPLES = "samples"
+
+
+def best_step(folder: Path, steps: Iterable[int]) -> tuple[float, int | None]:
+    """The lowest loss that was found at one of these steps, and the step; (infinity, None) if there is none."""
+    losses = {row.get("step"): row.get("loss") for row in rows_of(folder / EVALUATION_FILE)}
+    return min(
+        ((loss, step) for step in steps if (loss := losses.get(step)) is not None),
+        default=(math.inf, None),
+    )
 
 
 class Evaluation:
@@ -63,11 +75,13 @@ class Evaluation:
         self._batches: list[PackedBatch] = []
         self._questions: list[tuple[Conversation, str]] = []
         self._loss = jax.jit(self._sum_of_losses)
+        self._done = {row.get("step") for row in rows_of(folder / EVALUATION_FILE)}
         if not recipe.evaluation.sources:
             return
-        data = dataclasses.replace(recipe.data, sources=recipe.evaluation.sources, epochs=1)
+        data = dataclasses.replace(recipe.data, sources=recipe.evaluation.sources, epochs=1, workers=0)
         stream = iter(batches(data, processor, *share))
         mine = list(itertools.islice(stream, recipe.evaluation.batches))
+        stream.close()
         log.left_out(stream.reports)
         # A host whose share ends before another's goes on with nothing: all take part in every computation.
         number = most_of_all(len(mine))
@@ -80,18 +94,33 @@ class Evaluation:
     def is_due(self, step: int) -> bool:
         """Before the last step; after it, a run is evaluated anyway."""
         every = self._recipe.evaluation.every
-        return bool(self._batches and every and step % every == 0)
+        return bool(step and every and step % every == 0 and self.is_missing(step))
 
-    def __call__(self, step: int, state: TrainState, tell: Callable[[str], None]) -> None:
-        """Tells and records; nothing where there is nothing to evaluate."""
-        if not self._batches:
-            return
-        sums = [jax.device_get(self._loss(state.trained, state.kept, batch)) for batch in self._batches]
+    def is_missing(self, step: int) -> bool:
+        """Whether there is something to evaluate, and nobody has at this step."""
+        return bool(self._batches) and step not in self._done
+
+    def __call__(
+        self, step: int, state: TrainState, tell: Callable[[str], None], check: Callable[[], None], report: Report
+    ) -> float:
+        """The loss. It is told, and recorded once the questions are answered too.
+
+        Args:
+          check: called again and again; what it raises ends the evaluation, of which nothing is left.
+        """
+        sums = []
+        for number, batch in enumerate(self._batches):
+            check()
+            report("evaluating", number, len(self._batches))
+            sums.append(jax.device_get(self._loss(state.trained, state.kept, batch)))
         loss = float(sum(s[0] for s in sums) / max(1, sum(s[1] for s in sums)))
-        self._log.record(EVALUATION_FILE, {"step": step, "loss": loss}, prefix="evaluation/")
         tell(f"step {step}  evaluation loss {loss:.4f}")
         if self._questions:
-            self._ask(step, state, tell)
+            report("answering questions of the evaluation", 0, 0)
+            self._ask(step, state, tell, check)
+        self._log.record(EVALUATION_FILE, {"step": step, "loss": loss}, EVALUATED)
+        self._done.add(step)
+        return loss
 
     def _sum_of_losses(self, trained: dict, kept: dict, batch: PackedBatch) -> tuple[Any, Any]:
         params, adapters = model_variables(self._recipe, trained, kept)
@@ -107,11 +136,14 @@ class Evaluation:
             )
         return found.next_token, targets
 
-    def _ask(self, step: int, state: TrainState, tell: Callable[[str], None]) -> None:
+    def _ask(self, step: int, state: TrainState, tell: Callable[[str], None], check: Callable[[], None]) -> None:
         params = unflatten(params_of(self._recipe, state))
         vl2 = VL2(self._model.config, params, self._processor, self._model.dtype, layout=self._model.layout)
         turns = [messages for messages, _ in self._questions]
-        answers = vl2.generate(turns, max_tokens=self._recipe.evaluation.max_tokens)
+        check()
+        answers = vl2.generate(
+            turns, max_tokens=self._recipe.evaluation.max_tokens, on_text=lambda _row, _text: check()
+        )
         if jax.process_index() != 0:
             return
         folder = self._folder / SAMPLES
@@ -127,5 +159,4 @@ class Evaluation:
                 drawn.save(folder / f"{step:08d}-{number}.png")
                 if self._log.board is not None:
                     self._log.board.add_image(f"samples/{number}", np.asarray(drawn), step, dataformats="HWC")
-        text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-        (folder / f"{step:08d}.jsonl").write_text(text + "\n", encoding="utf-8")
+        write(folder / f"{step:08d}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

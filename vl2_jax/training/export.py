@@ -1,4 +1,4 @@
-"""What a run has learned, from its newest checkpoint: a model in the released layout, or adapters on their own.
+"""What a run has learned, from one of its checkpoints: a model in the released layout, or adapters on their own.
 
 Nothing is held whole: parameters come from the checkpoint, or from the model that the run began with, a few at a time.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,36 +20,41 @@ from convert.parts import Parts
 from convert.to_torch import write_released
 from convert.weight_map import Leaf, plan
 from vl2_jax.errors import CheckpointError, ConfigError
-from vl2_jax.training.checkpoints import Checkpoints, name_of
-from vl2_jax.training.loop import CHECKPOINTS, RECIPE_FILE, described_model
+from vl2_jax.training.checkpoints import Checkpoints, Reader, name_of
+from vl2_jax.training.evaluation import best_step
+from vl2_jax.training.folder import CHECKPOINTS, RECIPE_FILE
+from vl2_jax.training.loop import described_model
 from vl2_jax.training.lora import adapted_paths
 from vl2_jax.training.optimizer import is_trained
 from vl2_jax.training.recipe import Recipe, build_recipe
 
 
 def export_run(
-    folder: Path, destination: Path, tell: Callable[[str], None], dtype: str | None = None, adapters: bool = False
+    folder: Path,
+    destination: Path,
+    tell: Callable[[str], None],
+    dtype: str | None = None,
+    adapters: bool = False,
+    step: int | Literal["best"] | None = None,
 ) -> int:
-    """The newest checkpoint of a run in the released layout.
+    """A checkpoint of a run in the released layout.
 
     Args:
       dtype: of the weights on disk; `None` is that of the model's configuration.
+      step: whose checkpoint; "best" is that of the lowest evaluation loss, `None` the newest.
       adapters: write the low-rank adapters alone, in PEFT's layout, instead of the model they are merged into.
 
     Returns:
       The step it was saved at.
 
     Raises:
-      CheckpointError: there is no run, or no checkpoint that can be read.
+      CheckpointError: there is no run, no checkpoint that can be read, or none of that step.
     """
     path = folder / RECIPE_FILE
     if not path.is_file():
         raise CheckpointError(f"{folder} holds no {RECIPE_FILE}; give the --out folder of `vl2 train`.")
     recipe = build_recipe(json.loads(path.read_text(encoding="utf-8")))
-    found = Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell).newest()
-    if found is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet.")
-    step, read = found
+    step, read = _chosen(folder, Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell), step)
     small_files, config = described_model(recipe)
     leaves = plan(config)
     if adapters:
@@ -63,6 +68,22 @@ def export_run(
     dtypes = {leaf.path: wide if leaf.path.endswith(CORRECTION_BIAS) else narrow for leaf in leaves}
     write_released(small_files, destination, leaves, dtypes, _trained_pieces(recipe, small_files, leaves, read))
     return step
+
+
+def _chosen(folder: Path, checkpoints: Checkpoints, step: int | Literal["best"] | None) -> tuple[int, Reader]:
+    if step == "best":
+        _, step = best_step(folder, checkpoints.steps())
+        if step is None:
+            raise CheckpointError(
+                f"{folder} has no checkpoint of a step that was evaluated; give evaluation.sources and "
+                "loop.keep_best = true to a run, or export another step."
+            )
+    if step is not None:
+        return checkpoints.of_step(step)
+    found = checkpoints.newest()
+    if found is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet.")
+    return found
 
 
 def _trained_pieces(

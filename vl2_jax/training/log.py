@@ -20,11 +20,14 @@ from vl2_jax.config import VL2Config
 from vl2_jax.ops.chips import peak_flops
 from vl2_jax.training.data import BadSample
 from vl2_jax.training.flops import training_costs
-from vl2_jax.training.optimizer import schedule_of
+from vl2_jax.training.folder import keep_rows, rows_of, write
+from vl2_jax.training.length import Length
 from vl2_jax.training.recipe import Recipe
 from vl2_jax.training.step import Metrics
 
-LOG_FILE, SKIPPED_FILE = "log.jsonl", "skipped.jsonl"
+LOG_FILE, EVALUATION_FILE, SKIPPED_FILE = "log.jsonl", "evaluation.jsonl", "skipped.jsonl"
+EVALUATED = "evaluation/"  # what TensorBoard calls an evaluation's numbers
+_BOARD = "tensorboard"
 _MEANS = ("loss", "balance", "gradient_norm")
 _MOST_TOLD = 5  # bad samples that are shown; all of them are in the file
 
@@ -32,7 +35,10 @@ _MOST_TOLD = 5  # bad samples that are shown; all of them are in the file
 class Log:
     """What one run tells; of many processes the first one writes, and tells of its own share of the samples.
 
+    What an earlier process wrote of steps after `step`, or left half written, is dropped: these steps are made again.
+
     Args:
+      step: that the run goes on from, or 0.
       devices: that it runs on; a share of their peak is told where that is known.
     """
 
@@ -43,25 +49,41 @@ class Log:
         tell: Callable[[str], None],
         config: VL2Config,
         devices: Sequence[jax.Device],
+        step: int = 0,
     ):
-        self._folder, self._tell, self._loop = folder, tell, recipe.loop
-        self._rate = schedule_of(recipe.optimizer, recipe.loop.steps)
+        self._folder, self._tell, self._loop, self._begin = folder, tell, recipe.loop, step
+        self._length = Length.of(recipe)
         self._flops = training_costs(config, recipe).of
         peak = peak_flops(devices[0].device_kind)
         self._peak = None if peak is None else peak * len(devices)
         self._writes = jax.process_index() == 0
         self._held: list[Metrics] = []
-        self._left_out: set[str] = set()
+        self._rate, self._total = 0.0, math.inf
+        if self._writes:
+            for name in (LOG_FILE, EVALUATION_FILE, SKIPPED_FILE):
+                keep_rows(folder / name, step)
+            drawn = _keep_events(folder / _BOARD, step)
+            if drawn is not None:
+                self._mend_board(drawn)
+        self._left_out = {str(row.get("where")) for row in rows_of(folder / SKIPPED_FILE)}
         self._begun = time.perf_counter()
 
     @cached_property
     def board(self) -> Any:
         """TensorBoard's writer, made where there is something to write; None without it, or in other processes."""
-        return _tensorboard(self._folder) if self._writes else None
+        return _tensorboard(self._folder / _BOARD, self._begin) if self._writes else None
 
-    def step(self, step: int, metrics: Metrics, skipped: int, reports: list[BadSample]) -> None:
-        """After every update; `reports` is emptied."""
+    def close(self) -> None:
+        """What TensorBoard has not been told is written."""
+        if self.__dict__.get("board") is not None:
+            self.board.close()
+
+    def step(
+        self, step: int, metrics: Metrics, rate: float, total: float, skipped: int, reports: list[BadSample]
+    ) -> None:
+        """After every update, with its learning rate and how long the run will be; `reports` is emptied."""
         self.left_out(reports)
+        self._rate, self._total = rate, total
         if self._loop.log_every:
             self._held.append(metrics)
             if step % self._loop.log_every == 0:
@@ -77,7 +99,7 @@ class Log:
         row: dict[str, Any] = {"step": step}
         row |= {name: float(np.mean([getattr(metrics, name) for metrics in held])) for name in _MEANS}
         row["busiest_expert"] = float(np.max([metrics.busiest_expert for metrics in held]))
-        row["learning_rate"] = float(self._rate(step - 1))
+        row["learning_rate"] = self._rate
         counts = ("positions", "attended", "tiles")
         positions, attended, tiles = (float(np.mean([getattr(m, name) for m in held])) for name in counts)
         row |= {"tokens_per_second": positions / seconds, "tiles_per_second": tiles / seconds}
@@ -86,8 +108,9 @@ class Log:
             row["mfu"] = row["flops_per_second"] / self._peak
         row |= {"seconds_per_step": seconds, "skipped_samples": skipped}
         self.record(LOG_FILE, row)
+        shown = self._length.shown(step, self._total)
         self._tell(
-            f"step {step}/{self._loop.steps}  loss {row['loss']:.4f}  gradient {row['gradient_norm']:.2f}  "
+            f"step {shown}  loss {row['loss']:.4f}  gradient {row['gradient_norm']:.2f}  "
             f"busiest expert {row['busiest_expert']:.1f} x  {row['tokens_per_second']:.0f} tokens/s  "
             f"{seconds:.2f} s/step" + (f"  MFU {100 * row['mfu']:.1f} %" if "mfu" in row else "")
         )
@@ -96,8 +119,8 @@ class Log:
         """A row of numbers to a file of the run and to TensorBoard."""
         if self._writes:
             _append(self._folder / file, row)
-        for name in row.keys() - {"step"} if self.board is not None else ():
-            self.board.add_scalar(prefix + name, row[name], row["step"])
+        if self.board is not None:
+            self._draw(row, prefix)
 
     def left_out(self, reports: list[BadSample]) -> None:
         """Samples that cannot be used; `reports` is emptied."""
@@ -106,6 +129,18 @@ class Log:
             if sample.where not in self._left_out:  # once, however often the data is read
                 self._left_out.add(sample.where)
                 self._tell_of(sample)
+
+    def _draw(self, row: dict[str, Any], prefix: str) -> None:
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(prefix + name, value, row["step"])
+
+    def _mend_board(self, drawn: set[tuple[str, int]]) -> None:
+        """Draws what files hold and TensorBoard's do not: it writes late, and the run may have ended before."""
+        for file, prefix in ((LOG_FILE, ""), (EVALUATION_FILE, EVALUATED)):
+            for row in rows_of(self._folder / file):
+                if (prefix + "loss", row.get("step")) not in drawn and self.board is not None:
+                    self._draw(row, prefix)
 
     def _tell_of(self, sample: BadSample) -> None:
         if self._writes:
@@ -122,9 +157,44 @@ def _append(path: Path, row: dict[str, Any]) -> None:
         stream.write(json.dumps(numbers) + "\n")  # JSON has no NaN
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+    # A TensorBoard that runs already forgets what it has read of the steps that are made again.
+    return SummaryWriter(str(folder), flush_secs=10, purge_step=step + 1)
+
+
+def _keep_events(folder: Path, last: int) -> set[tuple[str, int]] | None:
+    """Drops what TensorBoard's files hold of steps after `last`, and a record that was never finished.
+
+    A record is its length (8 bytes), a checksum of that (4), an event, and a checksum of it (4).
+
+    Returns:
+      (name, step) of every number that is left; `None` where there are no such files.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    try:
+        from google.protobuf.message import DecodeError
+        from tensorboardX.proto.event_pb2 import Event
+    except ImportError:
+        return None
+    left: set[tuple[str, int]] = set()
+    for path in files:
+        content, kept, begin = path.read_bytes(), [], 0
+        while len(content) - begin >= 12:
+            end = begin + 16 + int.from_bytes(content[begin : begin + 8], "little")
+            try:
+                event = Event.FromString(content[begin + 12 : end - 4])
+            except DecodeError:
+                break
+            if end > len(content):
+                break
+            if event.step <= last:
+                kept.append(content[begin:end])
+                left |= {(value.tag, event.step) for value in event.summary.value}
+            begin = end
+        if sum(map(len, kept)) < len(content):
+            write(path, b"".join(kept))
+    return left if files else None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import signal
+import math
+import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from convert.checkpoint import dtype_of
@@ -24,23 +24,25 @@ from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, init_params
 from vl2_jax.processing.batch import Processor
+from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.batches import share_of_process, spread
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
-from vl2_jax.sharding.processes import most_of_all
+from vl2_jax.sharding.processes import of_all, wait_for_all
 from vl2_jax.training.checkpoints import Checkpoints
 from vl2_jax.training.data import batches
-from vl2_jax.training.evaluation import Evaluation
+from vl2_jax.training.evaluation import Evaluation, best_step
+from vl2_jax.training.folder import CHECKPOINTS, check_run, keep_recipe
+from vl2_jax.training.folder import RECIPE_FILE as RECIPE_FILE
+from vl2_jax.training.interruption import Interrupted, Interruption
+from vl2_jax.training.length import Length
 from vl2_jax.training.log import Log
+from vl2_jax.training.optimizer import learning_rate
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import LoopRecipe, Recipe
 from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, init_state, make_step, params_of
 
-RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
-_MAY_CHANGE = {
-    "objective.loss_chunk", "model.remat", "model.scan", "optimizer.learning_rate", "optimizer.clip",
-    "data.on_bad_sample",
-}  # fmt: skip
+_SECONDS_OF_GROUP = 2.0  # in which a signal to a group of processes reaches all of them
 
 
 class TrainingError(VL2Error):
@@ -52,7 +54,8 @@ class Run:
     """A model that is being trained, and where it stands.
 
     Attributes:
-      is_complete: it is at its last step, or its data has ended.
+      is_complete: it is at its end, and was evaluated there.
+      ended_by: what ended it, as a sentence, once it is complete.
       stopped_by: number of the signal that stopped it before, or 0.
     """
 
@@ -61,6 +64,7 @@ class Run:
     recipe: Recipe
     state: TrainState
     is_complete: bool = False
+    ended_by: str = ""
     stopped_by: int = 0
 
     @property
@@ -70,87 +74,205 @@ class Run:
 
 
 def train(
-    recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int | None = None, mesh: str | Mesh | None = None
+    recipe: Recipe,
+    folder: Path,
+    tell: Callable[[str], None],
+    until: int | None = None,
+    mesh: str | Mesh | None = None,
+    report: Report = silent,
 ) -> Run:
-    """Trains to the recipe's last step, from the newest checkpoint in `folder` or from the beginning.
+    """Trains to the recipe's end, from the newest checkpoint in `folder` or from the beginning.
 
     Args:
       folder: holds checkpoints, logs and the recipe; made if it does not exist.
       tell: shows a line to the user.
-      until: a step to stop at before the last, as a preemption would: the state is saved.
+      until: a step to stop at before the end, as a preemption would: the state is saved.
       mesh: devices to spread the model and its batches over (`sharding.mesh`); a run may go on on another one.
+      report: called with (phase, done, total) while something other than updates goes on.
 
     Raises:
       ConfigError, CheckpointError, SampleError: see their messages.
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
-    run = _begin(recipe, mesh)
+    length = Length.of(recipe)
+    is_begun = bool(Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell).steps())
+    files = check_run(folder, recipe, is_begun, tell)  # before minutes are spent on weights
+    run = _begin(recipe, mesh, report)
     layout = run.model.layout
     with layout.on_devices():
-        return _train(run, recipe, folder, tell, until)
+        _warn_of_lost_updates(run.state, tell)
+        keep_recipe(folder, recipe, files)
+        devices = layout.mesh if isinstance(layout, MeshLayout) else None
+        return _Training(run, folder, tell, report, devices).to_end(length, until or math.inf)
 
 
-def _train(run: Run, recipe: Recipe, folder: Path, tell: Callable[[str], None], until: int | None) -> Run:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be the folder of a run ({error.strerror}); choose another --out.") from None
-    state, saved = run.state, -1
-    mesh = run.model.layout.mesh if isinstance(run.model.layout, MeshLayout) else None
-    share = (0, 1) if mesh is None else share_of_process(mesh)
-    stream = iter(batches(recipe.data, run.processor, *share))
-    checkpoints = Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell, share)
-    _keep_recipe(folder, recipe, tell, is_begun=bool(checkpoints.steps()))
-    found = checkpoints.restore(_changing(recipe, state))
-    if found is not None:
-        restored, position = found
-        state = dataclasses.replace(restored, kept=state.kept | restored.kept)
-        stream.set_state(position["data"])
-        saved = int(state.step)
-        tell(f"going on from step {saved}")
-    update = make_step(run.model, recipe, None if mesh is None else state)
-    place = (lambda batch: batch) if mesh is None else (lambda batch: spread(batch, mesh, *share))
-    devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
-    log = Log(folder, recipe, tell, run.model.config, devices)
-    evaluation = Evaluation(recipe, run.model, run.processor, folder, share, place, log)
-    step, last = int(state.step), min(recipe.loop.steps, until or recipe.loop.steps)
-    unchecked: Metrics | None = None
-    is_complete = step >= recipe.loop.steps
-    with _Interruption() as interruption, _Profile(folder / "profile", recipe.loop) as profile, checkpoints:
-        while step < last and not interruption.has_come(step):
-            batch = _next_batches(stream, recipe)
-            if batch is None:
-                tell(f"the data ended after {step} steps")
-                is_complete = True
-                log.left_out(stream.reports)
-                break
-            profile.before(step)
-            state, metrics = update(state, place(batch))
-            profile.after(step, state)
-            _check(unchecked, step)  # one step late, so that the device never waits for the host
-            unchecked = metrics
-            step += 1
-            is_complete = step >= recipe.loop.steps
-            log.step(step, metrics, stream.skipped, stream.reports)
-            if recipe.loop.checkpoint_every and step % recipe.loop.checkpoint_every == 0:
-                _check(metrics, step, state)
-                checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
-                saved = step
-            if evaluation.is_due(step) and not is_complete and not interruption.came:
-                _check(metrics, step)
-                evaluation(step, state, tell)
-    _check(unchecked, step, state)
-    log.flush(step, stream.skipped)
-    if step == 0 and is_complete:
-        raise TrainingError(f"the data holds no sample that can be trained on ({stream.skipped} were left out).")
-    if saved != step:
-        checkpoints.save(step, _changing(recipe, state), {"data": stream.get_state()})
-    checkpoints.wait()
-    if is_complete and unchecked is not None:  # after the state is saved, whatever may happen to the answers
-        evaluation(step, state, tell)
-    if not is_complete and interruption.came:
-        tell(f"interrupted; step {step} is saved, and the same command goes on from there")
-    return dataclasses.replace(run, state=state, is_complete=is_complete, stopped_by=int(interruption.came))
+class _Training:
+    """One process's part of a run, from what it finds in the folder to what ends it.
+
+    Attributes:
+      step, state, place, read: updates that are done, what came of them, and how far the data was read for them.
+      saved: the step of the newest checkpoint.
+    """
+
+    def __init__(self, run: Run, folder: Path, tell: Callable[[str], None], report: Report, mesh: Mesh | None):
+        recipe = run.recipe
+        self.run, self.recipe, self.folder, self.tell, self.report = run, recipe, folder, tell, report
+        self.mesh, self.share = mesh, (0, 1) if mesh is None else share_of_process(mesh)
+        report("preparing the data", 0, 0)
+        self.stream = batches(recipe.data, run.processor, *self.share)
+        self.checkpoints = Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell, self.share)
+        self.state = run.state
+        self._go_on()
+        self.step, self.place, self.read = int(self.state.step), self.stream.get_state(), self._read_by_all()[0]
+        self.saved = self.step
+        self.unchecked: Metrics | None = None
+        devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
+        self.log = Log(folder, recipe, tell, run.model.config, devices, self.step)
+        wait_for_all("what was told before is in order")
+        report("preparing the evaluation", 0, 0)
+        self.evaluation = Evaluation(recipe, run.model, run.processor, folder, self.share, self._lay_out, self.log)
+        kept = self.checkpoints.steps() if recipe.loop.keep_best else ()
+        self.best, self.checkpoints.best = best_step(folder, kept)
+
+    def to_end(self, length: Length, until: float) -> Run:
+        """Updates, until the run's length, `until` or a signal ends them; what is complete is evaluated."""
+        self.tell(length.plan(self.stream.records))
+        with closing(self.stream), closing(self.log), Interruption() as interruption, self.checkpoints:
+            is_over = self._update_until(length, until, interruption)
+            if is_over and not self.step:
+                left_out = self.stream.skipped
+                raise TrainingError(f"the data holds no sample that can be trained on ({left_out} were left out).")
+            self._save()
+            self.log.flush(self.step, self.stream.skipped)
+            self.checkpoints.wait()
+            if is_over and self.evaluation.is_missing(self.step):  # after the state is saved, whatever may happen
+                self._evaluate(interruption)
+        self.report("", 0, 0)
+        is_complete = is_over and not interruption.came
+        ended_by = length.end(self.step, self.read) if is_complete else ""
+        if is_complete:
+            self.tell(f"complete after {self.step} steps: {ended_by}")
+        elif interruption.came:
+            saved = f"step {self.step} is saved, and" if self.step else "there was no step yet;"
+            self.tell(f"interrupted; {saved} the same command goes on from there")
+        run = dataclasses.replace(self.run, state=self.state, is_complete=is_complete, ended_by=ended_by)
+        return dataclasses.replace(run, stopped_by=int(interruption.came))
+
+    def _go_on(self) -> None:
+        """From the newest checkpoint, if there is one."""
+        self.report("looking for checkpoints", 0, 0)
+        found = self.checkpoints.restore(_changing(self.recipe, self.state))
+        if found is not None:
+            restored, runs = found
+            self.state = dataclasses.replace(restored, kept=self.state.kept | restored.kept)
+            self.stream.set_state(*[run["data"] for run in runs])
+            self.tell(f"going on from step {int(self.state.step)}")
+
+    def _update_until(self, length: Length, until: float, interruption: Interruption) -> bool:
+        """Whether the run is over, by its steps or by its data."""
+        update: Any = None
+        with _Profile(self.folder / "profile", self.recipe.loop) as profile:
+            while not interruption.has_come():
+                if length.is_over(self.step):
+                    return True
+                if self.evaluation.is_due(self.step):
+                    self._evaluate(interruption)
+                    continue
+                if self.step >= until:
+                    return False
+                with interruption.at_rest(self._save_at_once):
+                    batch = self._next_batches(interruption)
+                    if batch is not None and update is None:
+                        update = self._compile(batch)
+                if interruption.came:
+                    return False
+                if batch is None:
+                    self.log.left_out(self.stream.reports)
+                    return True
+                profile.before(self.step)
+                self._update(update, batch, length)
+                profile.after(self.step, self.state)
+        return False
+
+    def _update(self, update: Any, batch: PackedBatch, length: Length) -> None:
+        total = length.total(self.step + 1, self.read)
+        rate = learning_rate(self.recipe.optimizer, self.step, total)
+        self.state, metrics = update(self.state, self._lay_out(batch), np.float32(rate))
+        _check(self.unchecked, self.step)  # one step late, so that the device never waits for the host
+        if self.unchecked is None:
+            self.report("the first step", 0, 0)
+            jax.block_until_ready(metrics)
+            self.report("", 0, 0)
+        self.unchecked, self.step, self.place = metrics, self.step + 1, self.stream.get_state()
+        self.log.step(self.step, metrics, rate, total, self.stream.skipped, self.stream.reports)
+        every = self.recipe.loop.checkpoint_every
+        if every and self.step % every == 0:
+            self._save()
+
+    def _evaluate(self, interruption: Interruption) -> None:
+        """Interrupted, it is done again when the run goes on."""
+        _check(self.unchecked, self.step)
+        with interruption.at_rest(self._save_at_once):
+            try:
+                loss = self.evaluation(self.step, self.state, self.tell, interruption.check, self.report)
+            except Interrupted:
+                return
+        self.report("", 0, 0)
+        if self.recipe.loop.keep_best and loss < self.best:
+            self.best, self.checkpoints.best = loss, self.step
+            self._save()
+
+    def _save(self) -> None:
+        if self.saved != self.step:
+            _check(self.unchecked, self.step, self.state)
+            self.checkpoints.save(self.step, _changing(self.recipe, self.state), {"data": self.place})
+            self.saved = self.step
+
+    def _save_at_once(self) -> None:
+        self._save()
+        self.checkpoints.wait()
+
+    def _compile(self, batch: PackedBatch) -> Any:
+        self.report("compiling the update", 0, 0)
+        begun = time.perf_counter()
+        step = make_step(self.run.model, self.recipe, None if self.mesh is None else self.state)
+        compiled = step.lower(self.state, self._lay_out(batch), np.float32(0)).compile()
+        self.tell(f"compiled the update in {time.perf_counter() - begun:.0f} s")
+        self.report("", 0, 0)
+        return compiled
+
+    def _lay_out(self, batch: PackedBatch) -> PackedBatch:
+        """A process's share of stacked batches on the devices of all."""
+        return batch if self.mesh is None else spread(batch, self.mesh, *self.share)
+
+    def _next_batches(self, interruption: Interruption) -> PackedBatch | None:
+        """The batches of an update stacked along a new first axis; None where the data of all has ended, or a signal.
+
+        A process whose share ends before goes on with empty ones, and so does an update for which too few are left.
+        """
+        self.report("reading data" if self.unchecked is None else "", 0, 0)
+        wanted = self.recipe.optimizer.accumulate
+        try:
+            parts = list(itertools.islice(self.stream, wanted))
+        except VL2Error:
+            raise
+        except Exception:
+            if interruption.comes_within(_SECONDS_OF_GROUP):  # what ends the run has ended a worker already
+                return None
+            raise
+        self.read, most = self._read_by_all(len(parts))
+        if not most:
+            return None
+        parts += [self.stream.empty()] * (wanted - len(parts))
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+
+    def _read_by_all(self, batches: int = 0) -> tuple[float, int]:
+        """The share of the data that all processes have read, and the most batches that one of them has."""
+        if self.stream.records is None:
+            return 0.0, batches
+        numbers = of_all([self.share[0], self.stream.taken, batches]).tolist()
+        taken = {share: taken for share, taken, _ in numbers}  # processes may have a share in common
+        return self.stream.share_read(sum(taken.values())), max(most for _, _, most in numbers)
 
 
 def _changing(recipe: Recipe, state: TrainState) -> TrainState:
@@ -179,7 +301,7 @@ def described_model(recipe: Recipe) -> tuple[Path, VL2Config]:
     return find_model(described.tokenizer), VL2Config.preset(described.preset or "")
 
 
-def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
+def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
     """The model, its processor and its state before the first update.
 
     Raises:
@@ -193,13 +315,15 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
     small_files, config = described_model(recipe)
     layout = layout_of(mesh, config, recipe.holds_states)
     if described.path is not None:
-        vl2 = load(described.path, dtype=described.param_dtype, mesh=getattr(layout, "mesh", None))
+        vl2 = load(described.path, dtype=described.param_dtype, mesh=getattr(layout, "mesh", None), report=report)
         processor, params = vl2.processor, vl2.params
     else:
         processor = Processor.from_directory(small_files, config)
+        report("drawing random weights", 0, 0)
         params = init_params(config, jax.random.key(described.seed), param_dtype, layout)
     pixels = {"pixel_mean": processor.config.image_mean, "pixel_std": processor.config.image_std}
     model = build_model(described, config, layout, **pixels)
+    report("preparing the optimiser's states", 0, 0)
     return Run(model, processor, recipe, init_state(recipe, params))
 
 
@@ -225,12 +349,14 @@ class _Profile:
         return self
 
     def before(self, step: int) -> None:
+        """Before the update after `step` of them."""
         if step in self._steps and not self._runs:
             jax.profiler.start_trace(str(self._folder))
             self._runs = True
 
     def after(self, step: int, state: TrainState) -> None:
-        if self._runs and step + 1 not in self._steps:
+        """After the update that makes it `step`."""
+        if self._runs and step not in self._steps:
             jax.block_until_ready(state)
             self.__exit__()
 
@@ -238,50 +364,6 @@ class _Profile:
         if self._runs:
             self._runs = False
             jax.profiler.stop_trace()
-
-
-class _Interruption:
-    """SIGTERM (preemption) and Ctrl-C end the loop after the update that is under way; a second one ends it at once.
-
-    Of many processes each gets its signal at another moment: jax's runtime agrees on the step at which all stop.
-    """
-
-    def __enter__(self) -> _Interruption:
-        self.came = 0  # number of the signal
-        self._many = jax.process_count() > 1
-        self._old: dict[signal.Signals, Any] = {}
-        for kind in () if self._many else (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[kind] = signal.signal(kind, self._note)
-            except ValueError:  # not in the main thread: signals are somebody else's
-                break
-        return self
-
-    def has_come(self, step: int) -> bool:
-        if self._many:
-            self.came = signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
-        return bool(self.came)
-
-    def __exit__(self, *_: object) -> None:
-        for kind, handler in self._old.items():
-            signal.signal(kind, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        self.came = number
-        os.write(2, b"stopping after this step; the same signal again stops at once\n")
-        signal.signal(number, self._old[signal.Signals(number)])
-
-
-def _next_batches(stream: Any, recipe: Recipe) -> PackedBatch | None:
-    """The batches of an update stacked along a new first axis, or None where the data of all processes has ended.
-
-    A process whose share ends before goes on with empty ones, and so does an update for which too few are left.
-    """
-    parts = list(itertools.islice(stream, recipe.optimizer.accumulate))
-    if recipe.data.epochs is not None and not most_of_all(len(parts)):
-        return None
-    parts += [stream.empty()] * (recipe.optimizer.accumulate - len(parts))
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
 
 
 def _check(metrics: Metrics | None, step: int, state: TrainState | None = None) -> None:
@@ -298,22 +380,10 @@ def _check(metrics: Metrics | None, step: int, state: TrainState | None = None) 
         )
 
 
-def _keep_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None], is_begun: bool) -> None:
-    """Writes the recipe down; a run goes on with the one it was begun with, but for its length and its habits."""
-    path = folder / RECIPE_FILE
-    new = json.loads(json.dumps(dataclasses.asdict(recipe)))
-    if is_begun and path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        tables = [table for table in new if table not in ("loop", "evaluation")]
-        changed = {f"{t}.{key}" for t in tables for key in new[t] if old.get(t, {}).get(key) != new[t][key]}
-        if changed - _MAY_CHANGE:
-            raise ConfigError(
-                f"{folder} holds a run with another recipe ({', '.join(sorted(changed - _MAY_CHANGE))}); "
-                "choose another --out, or the old values."
-            )
-        if changed:
-            tell(f"going on with other values of {', '.join(sorted(changed))}")
-    if jax.process_index() == 0:
-        written = path.with_suffix(".new")
-        written.write_text(json.dumps(new, indent=2), encoding="utf-8")
-        written.replace(path)  # at once: other processes may be reading it
+def _warn_of_lost_updates(state: TrainState, tell: Callable[[str], None]) -> None:
+    narrow = sum(leaf.size for leaf in state.trained.values() if leaf.dtype == jnp.bfloat16)
+    if narrow:
+        tell(
+            f"warning: {narrow:,} weights are trained in bfloat16, which loses every update below a 256th of one; set "
+            'model.param_dtype = "float32" (model.dtype = "bfloat16" stays as fast), or train adapters (lora.rank).'
+        )

@@ -7,6 +7,7 @@ same names.
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,12 +18,14 @@ from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from convert.from_torch import CORRECTION_BIAS
-from vl2_jax.errors import ConfigError
+from vl2_jax.errors import ConfigError, shown
 from vl2_jax.training.recipe import OptimizerRecipe
 
 _UNUSED = "vision/attn_pool/*"  # in every checkpoint, executed by nothing (SPEC 2.3)
 _NOT_HIDDEN = ("embed", "lm_head", "mlp/gate/")
 _ADAM_RMS = 0.2
+_SCHEDULES = ("constant", "cosine", "step", "warmup_stable_decay")
+_DROPS = (0.5, 0.75)  # of a run, where "step" divides the rate by sqrt(10)
 
 Flat = Mapping[str, Array]
 
@@ -40,37 +43,39 @@ def check_patterns(paths: Iterable[str], frozen: Iterable[str]) -> None:
             raise ConfigError(f"optimizer.frozen has {pattern!r}, which fits no parameter; one is {paths[0]!r}.")
 
 
-def schedule_of(recipe: OptimizerRecipe, steps: int) -> optax.Schedule:
-    """The learning rate at every step."""
-    rate, after = recipe.learning_rate, max(1, steps - recipe.warmup)
-    if recipe.schedule == "constant":
-        main = optax.constant_schedule(rate)
-    elif recipe.schedule == "cosine":
-        main = optax.cosine_decay_schedule(rate, after, alpha=recipe.final_share)
-    elif recipe.schedule == "step":
-        drops = {int(steps * share) - recipe.warmup: 10**-0.5 for share in (0.5, 0.75)}
-        main = optax.piecewise_constant_schedule(rate, drops)
-    elif recipe.schedule == "warmup_stable_decay":
-        decay = max(1, int(steps * recipe.decay_share))
-        falling = optax.linear_schedule(rate, rate * recipe.final_share, decay)
-        main = optax.join_schedules([optax.constant_schedule(rate), falling], [max(0, after - decay)])
-    else:
-        raise ConfigError(
-            f"optimizer.schedule is {recipe.schedule!r}; expected constant, cosine, step or warmup_stable_decay."
-        )
-    if not recipe.warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, recipe.warmup), main], [recipe.warmup])
+def learning_rate(recipe: OptimizerRecipe, step: int, total: float) -> float:
+    """The learning rate of an update, the first of which is step 0.
+
+    Args:
+      total: updates of the whole run, as far as is known (`Length.total`).
+    """
+    peak, warmup = recipe.learning_rate, recipe.warmup
+    if step < warmup:
+        return peak * step / warmup
+    if recipe.schedule == "cosine":
+        share = min(1.0, (step - warmup) / max(1.0, total - warmup))
+        return peak * (recipe.final_share + (1 - recipe.final_share) * (1 + math.cos(math.pi * share)) / 2)
+    if recipe.schedule == "step":
+        return peak * 10 ** (-0.5 * sum(step >= math.floor(total * share) for share in _DROPS if total < math.inf))
+    if recipe.schedule == "warmup_stable_decay" and total < math.inf:
+        decay = max(1.0, math.floor(total * recipe.decay_share))
+        share = min(1.0, max(0.0, (step - max(warmup, total - decay)) / decay))
+        return peak * (1 - share * (1 - recipe.final_share))
+    return peak
 
 
-def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransformation:
+def optimizer_of(recipe: OptimizerRecipe) -> optax.GradientTransformationExtraArgs:
     """AdamW (or Muon) over a flat dictionary: matrices decay, vectors do not; the vision tower learns at its own rate.
+
+    Its `update` takes the `rate` of the step.
 
     Raises:
       ConfigError: an unknown `kind` or `schedule`.
     """
+    if recipe.schedule not in _SCHEDULES:
+        raise ConfigError(f"optimizer.schedule is {shown(recipe.schedule)}; expected one of {', '.join(_SCHEDULES)}.")
     if recipe.kind not in ("adamw", "muon"):
-        raise ConfigError(f"optimizer.kind is {recipe.kind!r}; expected adamw or muon.")
+        raise ConfigError(f"optimizer.kind is {shown(recipe.kind)}; expected adamw or muon.")
 
     def decays(params: Flat) -> dict[str, bool]:
         return {path: array.ndim > 1 for path, array in params.items()}
@@ -84,8 +89,15 @@ def optimizer_of(recipe: OptimizerRecipe, steps: int) -> optax.GradientTransform
         adam if recipe.kind == "adamw" else optax.partition({"muon": _muon(recipe), "adam": adam}, _rules_of),
         optax.add_decayed_weights(recipe.weight_decay, decays),
         optax.masked(optax.scale(recipe.vision_multiplier), in_vision),
-        optax.scale_by_learning_rate(schedule_of(recipe, steps)),
+        _times_rate(),
     )
+
+
+def _times_rate() -> optax.GradientTransformationExtraArgs:
+    def update(updates: Flat, state: Any, _: Flat | None = None, *, rate: Any, **__: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda a: jnp.asarray(-rate, a.dtype) * a, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
 
 
 def _kept_as(dtype: jnp.dtype, inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -15,18 +15,22 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from vl2_jax.config import configs_directory
-from vl2_jax.errors import ConfigError
+from vl2_jax.errors import ConfigError, shown
 from vl2_jax.scenes import SceneSizes
 
 _PLACE = Path("configs/training")  # of the recipes, in the project
+_QUOTES = "'\""
+_SEED = (0, 2**32)  # what the shuffling of data takes
 
 
-def _check(table: str, values: Any, **least: float) -> None:
-    """Raises ConfigError for a number below the least that makes sense, or that is none."""
-    for name, lowest in least.items():
+def _check(table: str, values: Any, **ranges: float | tuple[float, float]) -> None:
+    """Raises ConfigError for a number below the least that makes sense, or not below a bound, or that is none."""
+    for name, allowed in ranges.items():
         value = getattr(values, name)
-        if value is not None and not lowest <= value < math.inf:
-            raise ConfigError(f"{table}.{name} is {value}; expected at least {lowest}.")
+        lowest, bound = allowed if isinstance(allowed, tuple) else (allowed, math.inf)
+        if value is not None and not lowest <= value < bound:
+            below = "" if bound == math.inf else f" and below {bound:,}"
+            raise ConfigError(f"{table}.{name} is {shown(value)}; expected at least {lowest}{below}.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class ModelRecipe:
     scan: bool = False
 
     def __post_init__(self) -> None:
-        _check("model", self, seed=0)
+        _check("model", self, seed=_SEED)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class SourceRecipe:
     sizes: SceneSizes = SceneSizes()
 
     def __post_init__(self) -> None:
+        _check("a data source", self, scenes=0)
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"weight of a data source is {self.weight}; expected a number above 0.")
         if self.images is not None and self.path is None:
@@ -96,8 +101,8 @@ class DataRecipe:
       rows: packed rows a step, over all devices.
       tiles: most tiles a step, over all devices.
       seed: of the order.
-      epochs: passes over files, in which each record comes as often, whatever the weights; `None` goes on. Scenes have
-        no end: beside them the first file to end, drawn by weight, ends the data.
+      epochs: passes over files after which a run ends; each holds every record once, whatever the weights. `None` goes
+        on until `loop.steps`. Scenes have no end: beside them the first file to end, drawn by weight, ends the data.
       workers: processes that read and cut pictures.
       on_bad_sample: "skip" counts and reports it, "raise" ends the run.
       learn_prompts: questions are targets too, and not answers alone.
@@ -114,7 +119,7 @@ class DataRecipe:
     learn_prompts: bool = False
 
     def __post_init__(self) -> None:
-        _check("data", self, sequence_length=2, rows=1, tiles=0, seed=0, epochs=1, workers=0)
+        _check("data", self, sequence_length=2, rows=1, tiles=0, seed=_SEED, epochs=1, workers=0)
 
 
 @dataclass(frozen=True)
@@ -171,12 +176,12 @@ class OptimizerRecipe:
     def __post_init__(self) -> None:
         _check(
             "optimizer", self, learning_rate=0, warmup=0, final_share=0, decay_share=0, epsilon=0, weight_decay=0,
-            clip=0, vision_multiplier=0, accumulate=1,
+            clip=0, vision_multiplier=0, accumulate=1, beta1=(0, 1), beta2=(0, 1),
         )  # fmt: skip
         if not self.clip:
             raise ConfigError("optimizer.clip is 0, which leaves no gradient; a large number clips none.")
         if self.state_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"optimizer.state_dtype is {self.state_dtype!r}; expected float32 or bfloat16.")
+            raise ConfigError(f"optimizer.state_dtype is {shown(self.state_dtype)}; expected float32 or bfloat16.")
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ class LoraRecipe:
     targets: tuple[str, ...] = ("language/layers_*/self_attn/*_proj*",)
 
     def __post_init__(self) -> None:
-        _check("lora", self, rank=0)
+        _check("lora", self, rank=0, alpha=0)
         if self.rank and not self.targets:
             raise ConfigError("lora.targets is empty, which leaves nothing to train.")
 
@@ -204,16 +209,18 @@ class LoopRecipe:
     """When things happen, in steps.
 
     Attributes:
-      steps: of the whole run.
+      steps: after which a run ends; `None` leaves it to `data.epochs`. With both, what comes first ends it.
       log_every, checkpoint_every: 0 is never.
-      keep: checkpoints that are kept.
+      keep: checkpoints that are kept, the newest.
+      keep_best: keep the one with the lowest loss of `[evaluation]` too.
       profile_from, profile_steps: the steps that jax's profiler records, into OUT/profile; 0 steps are none.
     """
 
-    steps: int = 1000
+    steps: int | None = None
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 3
+    keep_best: bool = False
     profile_from: int = 10
     profile_steps: int = 0
 
@@ -256,6 +263,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.lora.rank and self.optimizer.frozen:
             raise ConfigError("optimizer.frozen has no effect on adapters, which alone are trained; use lora.targets.")
+        if self.loop.keep_best and not self.evaluation.sources:
+            raise ConfigError("loop.keep_best needs evaluation.sources, by whose loss the best is known.")
 
     @property
     def holds_states(self) -> bool:
@@ -264,7 +273,7 @@ class Recipe:
 
 
 def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
-    """A recipe from a file, with `table.key=value` changes laid over it.
+    """A recipe from a file, with `table.key=value` changes laid over it; `table.key=` takes back what the file says.
 
     `extends = "other.toml"`, at its head, names a recipe beside it that it changes. Those of the project are found by
     name too, such as "lora-tiny", wherever one is.
@@ -291,19 +300,26 @@ def _find(path: Path, beside: Path = Path()) -> Path:
     """A file, or one of the project's by its name alone or its place in the project."""
     ours = configs_directory() / "training"
     by_name = (ours / path.name, ours / f"{path.name}.toml") if path.parent in (Path(), _PLACE) else ()
-    return next((p for p in (beside / path, *by_name) if p.is_file()), beside / path)
+    return next((p for p in (beside / path, *by_name) if _is_file(p)), beside / path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
-    if not path.is_file():
+    if not _is_file(path):
         known = ", ".join(sorted(file.stem for file in (configs_directory() / "training").glob("*.toml")))
-        raise ConfigError(f"there is no recipe {str(path)!r}; give a TOML file or one of {known}.")
+        raise ConfigError(f"there is no recipe {shown(str(path))}; give a TOML file or one of {known}.")
     if path.resolve() in extended:
         raise ConfigError(f"{path} extends itself.")
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+        data = _parsed(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {shown(str(error))}.") from None
     base = data.pop("extends", None)
     if base is None:
         return data
@@ -314,20 +330,30 @@ def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
     return tables
 
 
+def _parsed(text: str) -> dict[str, Any]:
+    """Raises ValueError for what is not TOML, or nested or long beyond what any recipe is."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def _lay_over(data: dict[str, Any], change: str) -> None:
     path, separator, text = change.partition("=")
     if not separator or not path.strip():
-        raise ConfigError(f"--set {change!r}: expected table.key=value, such as optimizer.learning_rate=1e-4.")
+        raise ConfigError(f"--set {shown(change)}: expected table.key=value, such as optimizer.learning_rate=1e-4.")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = _parsed(f"value = {text}")["value"] if text.strip() else None
+    except ValueError:
         value = text  # a bare word is a string
     *tables, key = path.strip().split(".")
     node = data
     for table in tables:
         node = node.setdefault(table, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {change!r}: {table} is no table; expected table.key=value.")
+            raise ConfigError(
+                f"--set {shown(change)}: {shown(table).strip(_QUOTES)} is no table; expected table.key=value."
+            )
     node[key] = value
 
 
@@ -337,10 +363,10 @@ def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
     values = {}
     for key, value in data.items():
         if key not in names:
-            close = difflib.get_close_matches(key, names, n=1)
+            close = difflib.get_close_matches(str(key)[:80], names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(names)}."
-            raise ConfigError(f"unknown key {where}{key!s}; {hint}")
-        if value is None:  # from a stored recipe; TOML has no such value
+            raise ConfigError(f"unknown key {where}{shown(key).strip(_QUOTES)}; {hint}")
+        if value is None:  # of a stored recipe, or taken back; TOML has no such value
             continue
         values[key] = _value(hints[key], value, f"{where}{key}")
     return kind(**values)
@@ -349,18 +375,20 @@ def _build(kind: Any, data: Mapping[str, Any], where: str) -> Any:
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a table, got {value!r}.")
+            raise ConfigError(f"{where} must be a table, got {shown(value)}.")
         return _build(hint, value, f"{where}.")
     text = str(hint)
     if text.startswith("tuple"):
         (inner, _) = hint.__args__
         if not isinstance(value, list):
-            raise ConfigError(f"{where} must be a list, got {value!r}.")
+            raise ConfigError(f"{where} must be a list, got {shown(value)}.")
         return tuple(_value(inner, item, where) for item in value)
     accepted = list(getattr(hint, "__args__", (hint,)))
-    if float in accepted and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} is {shown(value)}; expected a number of at most 18 digits.")
+    if float in accepted and type(value) is int:
         return float(value)
     if not any(type(value) is kind for kind in accepted):
         names = " or ".join(kind.__name__ for kind in accepted if kind is not type(None))
-        raise ConfigError(f"{where} is {value!r}; expected {names}.")
+        raise ConfigError(f"{where} is {shown(value)}; expected {names}.")
     return value

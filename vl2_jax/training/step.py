@@ -6,7 +6,7 @@ neither gradients nor optimiser state. With low-rank adapters these alone are tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from convert.adapters import merge
@@ -77,7 +78,7 @@ def init_state(recipe: Recipe, params: Params) -> TrainState:
     trained, kept = _parts(recipe, flat)
     if recipe.lora.rank:
         trained = init_adapters(trained, recipe.model.seed)
-    init = optimizer_of(recipe.optimizer, recipe.loop.steps).init
+    init = optimizer_of(recipe.optimizer).init
     if not isinstance(next(iter(flat.values())).sharding, NamedSharding):
         # Committed to its device as a restored state is, so that a run that goes on does not compile another program.
         return jax.device_put(TrainState(jnp.int32(0), trained, kept, init(trained)), jax.devices()[0])
@@ -96,7 +97,7 @@ def abstract_state(recipe: Recipe, params: Mapping[str, Any]) -> TrainState:
         sharding = whole if parameter is None else parameter.sharding
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    optimizer = jax.eval_shape(optimizer_of(recipe.optimizer, recipe.loop.steps).init, trained)
+    optimizer = jax.eval_shape(optimizer_of(recipe.optimizer).init, trained)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return TrainState(step, trained, kept, jax.tree_util.tree_map_with_path(beside, optimizer))
 
@@ -133,15 +134,15 @@ def params_of(recipe: Recipe, state: TrainState) -> dict[str, Array]:
     return {**state.trained, **state.kept}
 
 
-def make_step(
-    model: VL2Model, recipe: Recipe, like: TrainState | None = None
-) -> Callable[[TrainState, PackedBatch], tuple[TrainState, Metrics]]:
-    """The jitted update. Its batch has one more leading axis: `optimizer.accumulate` batches to a step.
+def make_step(model: VL2Model, recipe: Recipe, like: TrainState | None = None) -> Any:
+    """The jitted update, (state, batches, learning rate) -> (state, `Metrics`).
+
+    Its batch has one more leading axis: `optimizer.accumulate` batches to a step.
 
     Args:
       like: a state on a mesh; the new one lies as it does.
     """
-    optimizer, objective = optimizer_of(recipe.optimizer, recipe.loop.steps), recipe.objective
+    optimizer, objective = optimizer_of(recipe.optimizer), recipe.objective
 
     def loss_of(trained: dict, kept: dict, batch: PackedBatch, targets: Array) -> tuple[Array, Any]:
         params, adapters = model_variables(recipe, trained, kept)
@@ -159,7 +160,7 @@ def make_step(
         pieces = recipe.optimizer.accumulate
         return found.next_token + found.balance.sum() / pieces, (found.next_token, found.balance, found.load)
 
-    def update(state: TrainState, batches: PackedBatch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batches: PackedBatch, rate: ArrayLike) -> tuple[TrainState, Metrics]:
         targets = jnp.maximum((batches.labels[..., 1:] != IGNORED).sum(), 1)
         gradients_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -177,7 +178,7 @@ def make_step(
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
         def advanced() -> TrainState:
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
+            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained, rate=rate)
             trained: Any = optax.apply_updates(state.trained, updates)
             bias_step = 0.0 if recipe.lora.rank else objective.bias_step  # adapters on their own could not hold it
             kept = balanced(state.kept, load, bias_step)
