@@ -139,6 +139,7 @@ def test_bytes_of_a_command_line_that_are_no_text_become_replacement_characters(
         ("generate --model m --prompt x --image {picture} --boxes-on 0", "--boxes-on is 0"),
         ("generate --model m --prompt x --image {picture} --boxes-on 2", "of which 1 are given"),
         ("generate --model m --prompt x --boxes-on 1", "of which 0 are given"),
+        ("generate --model m --prompt x --merge --no-merge", "choose one of them"),
         ("generate --model m --prompt x --image {picture} --n 2 --save-boxes b.png", "draws one answer"),
         (
             "generate --model m --prompt x --image {picture} --save-boxes b.psd",

@@ -24,7 +24,13 @@ def test_flags_are_the_arguments_of_the_library_with_its_defaults():
     assert flags == {field.name: field.default for field in fields(SamplingOptions)}
     arguments = signature(load).parameters
     for field in fields(ModelFlags):
-        assert field.name == "model" or field.default == arguments[field.name].default
+        assert field.name in ("model", "merge", "no_merge") or field.default == arguments[field.name].default
+
+
+def test_adapters_are_merged_as_the_library_does_unless_a_flag_says_how(model):
+    for flags, merged in (([], None), (["--merge"], True), (["--no-merge"], False)):
+        main(["generate", "--model", "m", "--prompt", "x", *flags])
+        assert model.loaded[1].get("merge") is merged
 
 
 def test_every_flag_reaches_the_model(model):

@@ -19,12 +19,13 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:  # other imports are inside: Ctrl-C may come while they last
         from vl2_jax.cli.parsing import parse
-        from vl2_jax.cli.terminal import accept_any_text, on_one_line
+        from vl2_jax.cli.terminal import accept_any_text, on_one_line, tell_warnings
         from vl2_jax.errors import VL2Error, shown
 
         accept_any_text()
         if arguments is None:
             raise_lost_interrupts()
+            tell_warnings()
         try:
             parse(sys.argv[1:] if arguments is None else arguments)()
             if sys.stdout is not None:

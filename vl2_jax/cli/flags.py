@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from vl2_jax.cli.terminal import messages
+from vl2_jax.errors import RequestError
 from vl2_jax.files import path_of
 from vl2_jax.progress import Display
 from vl2_jax.sharding.devices import Devices
@@ -39,7 +40,8 @@ class ModelFlags:
     Attributes:
       model: Directory of a released or converted model, here or on a bucket (gs://...); a hub id; or vl2-nano.
       adapters: Directory of low-rank adapters in PEFT's layout.
-      merge: Add the adapters to the weights; --no-merge keeps them beside, where bfloat16 weights lose nothing of them.
+      merge: Add the adapters to the weights; by default to float32 weights alone.
+      no_merge: Keep the adapters beside the weights, where bfloat16 loses nothing of them.
       dtype: bfloat16 or float32; by default float32 on a CPU that can hold it, else the checkpoint's.
       chunk_size: Prompt positions computed at a time.
       verify: Check the weights against their manifest while loading.
@@ -47,17 +49,22 @@ class ModelFlags:
 
     model: str
     adapters: Place | None = None
-    merge: bool = True
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    no_merge: tyro.conf.FlagCreatePairsOff[bool] = False
     dtype: str | None = None
     chunk_size: int = 512
     verify: bool = True
 
     def load(self, devices: Devices, **changed: Any) -> tuple[Any, float]:
         """The model, and the seconds it took."""
+        if self.merge and self.no_merge:
+            raise RequestError("--merge and --no-merge are given; choose one of them.")
         from vl2_jax.api import load
 
         begun = time.perf_counter()
-        options = {name: getattr(self, name) for name in ("adapters", "merge", "dtype", "chunk_size", "verify")}
+        options = {name: getattr(self, name) for name in ("adapters", "dtype", "chunk_size", "verify")}
+        if self.merge or self.no_merge:
+            options["merge"] = self.merge
         with Display(messages) as report:
             places = {"mesh": devices.mesh, "dispatch": devices.dispatch, "report": report}
             vl2 = load(self.model, **options | places | changed)

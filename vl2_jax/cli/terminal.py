@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
 
+from vl2_jax import errors
 from vl2_jax.progress import Display
 
 messages = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -30,6 +32,19 @@ def accept_any_text() -> None:
 def tell(line: str, style: str = "") -> None:
     """One line about the work, to standard error."""
     messages.print(line.translate(_STEERING), style=style, soft_wrap=True)
+
+
+def tell_warnings() -> None:
+    """Warnings of ours are lines as others are, without the place in the code; those of others stay as they are."""
+    show = warnings.showwarning
+
+    def told(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__module__ == errors.__name__:
+            tell(on_one_line(f"vl2: {message}"))
+        else:
+            show(message, category, *where, **more)
+
+    warnings.showwarning = told
 
 
 def on_one_line(text: str) -> str:
