@@ -20,15 +20,16 @@ from convert.checkpoint import read_pieces as read_converted
 from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
 from convert.weight_map import Leaf, flatten, plan, unflatten
-from vl2_jax.config import CONFIG_FILE, VL2Config, read_config
+from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError
-from vl2_jax.files import is_remote, path_of
+from vl2_jax.files import is_file_on, is_remote, path_of, why_not_whole
 from vl2_jax.inference.generate import Answer, Generator, Memory, bucket, matmul_precision
 from vl2_jax.inference.sampling import SamplingOptions
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
 from vl2_jax.processing.conversation import Conversation
+from vl2_jax.processing.tokenizer import TOKENIZER_FILE
 from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
 from vl2_jax.sharding.loading import load_sharded
@@ -67,6 +68,8 @@ def load(
     """
     directory = find_model(model)
     config = read_config(directory)
+    if not all(is_file_on(directory / name) for name in (PROCESSOR_FILE, TOKENIZER_FILE)):
+        Processor.from_directory(directory, config)  # says what is missing, before minutes are spent on the weights
     leaves = plan(config)
     wanted = dtype_of(dtype or fastest_dtype(config, leaves))
     added = None if adapters is None else read_adapters(adapters, leaves)  # before minutes are spent on the weights
@@ -116,13 +119,17 @@ def find_model(model: str | Path) -> Path:
     """
     directory = path_of(model)
     if is_remote(directory):
-        return _on_bucket(directory)
+        return _with_config(directory)
     if directory.is_dir():
         if (directory / "checkpoints").is_dir() and not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(
                 f"{directory} is the folder of a run; give {directory / 'model'}, or what `vl2 export` makes of it."
             )
-        return _with_config(directory, (directory / CONFIG_FILE).is_file())
+        return _with_config(directory)
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give the directory that holds it, with {CONFIG_FILE} beside it.")
+    if directory.is_symlink():
+        raise CheckpointError(why_not_whole(directory))
     name = str(model)
     if name == SHIPPED:
         return Path(__file__).with_name("nano")
@@ -143,21 +150,12 @@ def find_model(model: str | Path) -> Path:
         ) from None
 
 
-def _on_bucket(directory: Path) -> Path:
-    try:
-        found = (directory / CONFIG_FILE).is_file()
-    except ImportError as error:
+def _with_config(directory: Path) -> Path:
+    config = directory / CONFIG_FILE
+    if not is_file_on(config):
         raise CheckpointError(
-            f"reading {directory} needs another package ({error}): pip install 'vl2-jax[gcs]'"
-        ) from None
-    except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
-        raise CheckpointError(f"{directory} cannot be read ({error}); check its name and your credentials.") from None
-    return _with_config(directory, found)
-
-
-def _with_config(directory: Path, found: bool) -> Path:
-    if not found:
-        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
+            why_not_whole(config) or f"{directory} holds no {CONFIG_FILE}; give the directory of a model."
+        )
     return directory
 
 
