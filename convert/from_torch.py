@@ -104,7 +104,7 @@ def checked_entries(source: Path, leaves: list[Leaf]) -> dict[str, TensorEntry]:
     unused = [key for key in missing if key.startswith(UNUSED_POOLING)]
     entries |= {key: TensorEntry(source, like, expected[key], 0, 0) for key in unused}
     problems += [f"{key} is missing" for key in missing if key not in entries]
-    problems += [f"{key} is unexpected" for key in entries if key not in expected and not _COMPUTED.fullmatch(key)]
+    problems += [f"{key} is unexpected" for key in entries if key not in expected and not is_computed(key)]
     for key, shape in expected.items():
         if key not in entries:
             continue
@@ -123,7 +123,7 @@ def checked_entries(source: Path, leaves: list[Leaf]) -> dict[str, TensorEntry]:
 def differences(entries: Mapping[str, TensorEntry]) -> list[str]:
     """What the parameters have that the files do not have, and the other way round, in sentences; none as a rule."""
     filled = [key for key, entry in entries.items() if entry.size == 0]
-    computed = [key for key in entries if _COMPUTED.fullmatch(key)]
+    computed = [key for key in entries if is_computed(key)]
     lines = []
     if filled:
         lines.append(
@@ -132,6 +132,11 @@ def differences(entries: Mapping[str, TensorEntry]) -> list[str]:
     if computed:
         lines.append(f"{len(computed)} tensors are left out ({computed[0]} ...), which are computed here")
     return lines
+
+
+def is_computed(key: str) -> bool:
+    """Whether a tensor is one that is computed from the configuration, and that some checkpoints hold all the same."""
+    return _COMPUTED.fullmatch(key) is not None
 
 
 def _is_blamed(key: str, problems: list[str]) -> bool:

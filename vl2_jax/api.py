@@ -14,11 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from convert.adapters import Adapters, merge, read_adapters
+from convert import adapters as lora
 from convert.checkpoint import dtype_of, is_converted
 from convert.checkpoint import read_pieces as read_converted
 from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
+from convert.peft import read_adapters
 from convert.weight_map import Leaf, flatten, plan, unflatten
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError
@@ -48,6 +49,7 @@ def load(
     mesh: str | Mesh | None = None,
     dispatch: Dispatch = "ring",
     adapters: str | Path | None = None,
+    merge: bool | None = None,
     report: Report = silent,
 ) -> VL2:
     """A model from a released or a converted directory, or by its hub id.
@@ -60,7 +62,9 @@ def load(
       mesh: devices to spread the model over: "auto", "expert=4,tensor=2" (see `sharding.mesh`), a mesh with those axes,
         or `None` for one device.
       dispatch: how tokens reach their experts on a mesh, see `sharding.layout`.
-      adapters: a directory of low-rank adapters in PEFT's layout, which are merged into the weights.
+      adapters: a directory of low-rank adapters in PEFT's layout; those of a base of another name are a `VL2Warning`.
+      merge: add the adapters to the weights, which costs nothing later, or keep them beside, which loses nothing: the
+        sum of a bfloat16 weight and a small update is mostly the weight. `None` merges into float32 weights alone.
       report: called with (phase, done, total) as loading goes on.
 
     Raises:
@@ -72,12 +76,15 @@ def load(
         Processor.from_directory(directory, config)  # says what is missing, before minutes are spent on the weights
     leaves = plan(config)
     wanted = dtype_of(dtype or fastest_dtype(config, leaves))
-    added = None if adapters is None else read_adapters(adapters, leaves)  # before minutes are spent on the weights
+    added = None
+    if adapters is not None:  # before minutes are spent on the weights
+        added = read_adapters(adapters, leaves, names_of(model, directory, config))
+    merge = wanted == np.float32 if merge is None else merge
     if mesh is not None:
         layout = MeshLayout(make_mesh(mesh, config) if isinstance(mesh, str) else mesh, dispatch)
         abstract = abstract_sharded_params(config, layout.mesh, wanted)
         params = load_sharded(directory, leaves, abstract, verify, report)
-        params = _with_adapters(params, added)
+        params = _with_adapters(flatten(params), added, merge)
         return VL2(config, params, Processor.from_directory(directory, config), jnp.dtype(wanted), chunk_size, layout)
     if is_converted(directory):
         pieces = read_converted(directory, leaves, verify, report)
@@ -89,12 +96,14 @@ def load(
             kept = np.float32 if path.endswith(CORRECTION_BIAS) else wanted
             flat[path] = jnp.asarray(array.astype(kept, copy=False))
     processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
-    params = _with_adapters(unflatten(flat), added)
+    params = _with_adapters(flat, added, merge)
     return VL2(config, params, processor, jnp.dtype(wanted), chunk_size)
 
 
-def _with_adapters(params: Params, adapters: Adapters | None) -> Params:
-    return params if adapters is None else unflatten(merge(flatten(params), adapters, in_place=True))
+def _with_adapters(flat: dict[str, Array], adapters: lora.Adapters | None, merge: bool) -> Params:
+    if adapters is None:
+        return unflatten(flat)
+    return unflatten(lora.merge(flat, adapters, in_place=True)) if merge else lora.beside(flat, adapters)
 
 
 def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
@@ -107,6 +116,11 @@ def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
     needed = 4 * sum(int(np.prod(leaf.shape)) for leaf in leaves)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return "float32" if needed <= memory * 2 // 3 else config.torch_dtype
+
+
+def names_of(model: str | Path, directory: Path, config: VL2Config) -> list[str]:
+    """What a model is called, the first as the user calls it."""
+    return [str(model), str(directory), str(config.source.get("_name_or_path", ""))]
 
 
 def find_model(model: str | Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args, get_origin, get_type_hints
@@ -62,9 +63,12 @@ def require_positive(where: str, config: Any, *names: str) -> None:
             raise ConfigError(f"{where} {name} is {getattr(config, name)}; expected a number above 0.")
 
 
+_hints = functools.cache(get_type_hints)
+
+
 def _values(kind: Any, data: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a dataclass that `data` has."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     names = [f.name for f in dataclasses.fields(kind) if f.name != "source" and f.name in data]
     # Null is a value where a field may be None, and says nothing elsewhere.
     given = [name for name in names if data[name] is not None or NoneType in get_args(hints[name])]

@@ -71,8 +71,8 @@ def is_file_on(path: Path) -> bool:
     try:
         return path.is_file()
     except ImportError as error:
-        line = install_line("gcs")
-        raise CheckpointError(f"reading {path} needs another package ({error}): {line}") from None
+        line = f": {install_line('gcs')}" if _address(path)[0] == "gs" else ""
+        raise CheckpointError(f"reading {path} needs another package ({error}){line}") from None
     except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
         raise CheckpointError(f"{path} cannot be read ({error}); check its name and your credentials.") from None
 

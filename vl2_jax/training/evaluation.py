@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.weight_map import unflatten
 from vl2_jax.api import VL2
 from vl2_jax.errors import ConfigError
 from vl2_jax.inference.generate import matmul_precision
@@ -33,7 +32,7 @@ from vl2_jax.training.log import Log
 from vl2_jax.training.objective import losses
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import Recipe
-from vl2_jax.training.step import TrainState, model_variables, params_of
+from vl2_jax.training.step import TrainState, model_params
 
 EVALUATION_FILE, SAMPLES = "evaluation.jsonl", "samples"
 
@@ -94,7 +93,7 @@ class Evaluation:
             self._ask(step, state, tell)
 
     def _sum_of_losses(self, trained: dict, kept: dict, batch: PackedBatch) -> tuple[Any, Any]:
-        params, adapters = model_variables(self._recipe, trained, kept)
+        params = model_params(self._recipe, trained, kept)
         targets = (batch.labels[:, 1:] != IGNORED).sum()
         with matmul_precision(self._model.dtype):
             found = losses(
@@ -103,12 +102,11 @@ class Evaluation:
                 batch,
                 chunk=self._recipe.objective.loss_chunk,
                 targets=jnp.float32(1.0),
-                adapters=adapters,
             )
         return found.next_token, targets
 
     def _ask(self, step: int, state: TrainState, tell: Callable[[str], None]) -> None:
-        params = unflatten(params_of(self._recipe, state))
+        params = model_params(self._recipe, state.trained, state.kept)
         vl2 = VL2(self._model.config, params, self._processor, self._model.dtype, layout=self._model.layout)
         turns = [messages for messages, _ in self._questions]
         answers = vl2.generate(turns, max_tokens=self._recipe.evaluation.max_tokens)

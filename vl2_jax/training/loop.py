@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 
 from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
-from convert.weight_map import unflatten
+from convert.peft import read_adapters
+from convert.weight_map import plan, unflatten
 from vl2_jax.config import VL2Config, read_config
 from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.files import local_destination
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, init_params
 from vl2_jax.processing.batch import Processor
@@ -33,7 +35,7 @@ from vl2_jax.training.data import batches
 from vl2_jax.training.evaluation import Evaluation
 from vl2_jax.training.log import Log
 from vl2_jax.training.packing import PackedBatch
-from vl2_jax.training.recipe import LoopRecipe, Recipe
+from vl2_jax.training.recipe import LoopRecipe, Recipe, build_recipe
 from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, init_state, make_step, params_of
 
 RECIPE_FILE, CHECKPOINTS = "recipe.json", "checkpoints"
@@ -84,6 +86,7 @@ def train(
       ConfigError, CheckpointError, SampleError: see their messages.
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
+    folder = local_destination(folder, "a run")
     run = _begin(recipe, mesh)
     layout = run.model.layout
     with layout.on_devices():
@@ -186,21 +189,31 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None = None) -> Run:
       ConfigError, CheckpointError: see `described_model` and `load`.
       MeshError: a mesh that does not fit.
     """
-    from vl2_jax.api import load
+    from vl2_jax.api import load, names_of
 
     described = recipe.model
     _, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)  # before minutes are spent on weights
     small_files, config = described_model(recipe)
     layout = layout_of(mesh, config, recipe.holds_states)
+    adapters = None
     if described.path is not None:
-        vl2 = load(described.path, dtype=described.param_dtype, mesh=getattr(layout, "mesh", None))
+        if recipe.lora.rank and described.adapters is not None:
+            names = names_of(described.path, small_files, config)
+            adapters = read_adapters(described.adapters, plan(config), names)
+        vl2 = load(
+            described.path,
+            dtype=described.param_dtype,
+            mesh=getattr(layout, "mesh", None),
+            adapters=None if recipe.lora.rank else described.adapters,
+            merge=True,
+        )
         processor, params = vl2.processor, vl2.params
     else:
         processor = Processor.from_directory(small_files, config)
         params = init_params(config, jax.random.key(described.seed), param_dtype, layout)
     pixels = {"pixel_mean": processor.config.image_mean, "pixel_std": processor.config.image_std}
     model = build_model(described, config, layout, **pixels)
-    return Run(model, processor, recipe, init_state(recipe, params))
+    return Run(model, processor, recipe, init_state(recipe, params, adapters))
 
 
 def layout_of(mesh: str | Mesh | None, config: VL2Config, holds_states: bool) -> Layout:
@@ -303,7 +316,8 @@ def _keep_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None], is_b
     path = folder / RECIPE_FILE
     new = json.loads(json.dumps(dataclasses.asdict(recipe)))
     if is_begun and path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
+        stored = build_recipe(json.loads(path.read_text(encoding="utf-8")))  # with keys that are newer than the run
+        old = json.loads(json.dumps(dataclasses.asdict(stored)))
         tables = [table for table in new if table not in ("loop", "evaluation")]
         changed = {f"{t}.{key}" for t in tables for key in new[t] if old.get(t, {}).get(key) != new[t][key]}
         if changed - _MAY_CHANGE:
