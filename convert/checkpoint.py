@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from convert.safetensors_files import SUFFIX, header_size
+from convert.safetensors_files import SUFFIX, header_size, weight_files
 from convert.weight_map import Leaf, unflatten
 from vl2_jax.errors import CheckpointError
 from vl2_jax.files import is_remote, size_of
@@ -28,13 +28,15 @@ from vl2_jax.progress import Report, silent
 
 MANIFEST_FILE = "manifest.json"
 PARAMS_FOLDER = "params"
+FILLED = "filled"  # in the manifest, of a parameter that the source did not have
 _BLOCK = 1 << 24
 
 
 def is_converted(directory: Path) -> bool:
     """Whether this is (what is left of) a converted checkpoint; an exported one has a manifest too, and its weights."""
-    has_weights = any(directory.glob("*.safetensors"))
-    return (directory / PARAMS_FOLDER).is_dir() or ((directory / MANIFEST_FILE).is_file() and not has_weights)
+    if (directory / PARAMS_FOLDER).is_dir():
+        return True
+    return (directory / MANIFEST_FILE).is_file() and not weight_files(directory)
 
 
 def pieces(leaves: Iterable[Leaf]) -> list[list[Leaf]]:

@@ -20,7 +20,7 @@ from convert.checkpoint import (
     is_converted,
     read_manifest,
 )
-from convert.from_torch import checked_entries
+from convert.from_torch import checked_entries, differences
 from convert.weight_map import Leaf
 from vl2_jax.errors import CheckpointError
 from vl2_jax.files import read_range, size_of
@@ -46,6 +46,11 @@ class Parts:
         if verify and (self._converted or (directory / MANIFEST_FILE).is_file()):
             self._manifest = read_manifest(directory)
             check_files(directory, self._manifest)
+
+    @property
+    def differences(self) -> list[str]:
+        """What is filled in, and left out, in sentences."""
+        return differences(self._entries)
 
     def read(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:
         """One part of a parameter, in C order."""

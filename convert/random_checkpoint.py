@@ -21,6 +21,7 @@ from convert.safetensors_files import INDEX_FILE, layout_file
 from convert.weight_map import plan, torch_shapes
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_preset
 from vl2_jax.errors import VL2Error
+from vl2_jax.files import local_destination
 from vl2_jax.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from vl2_jax.progress import Display, Report, silent
 
@@ -31,6 +32,7 @@ _WORDS = {"bos": "begin", "eos": "end", "pad": "pad"}  # of the special tokens w
 
 def create(preset: str, destination: Path, seed: int = 0, report: Report = silent) -> None:
     """Writes a random checkpoint of a named size; one tensor is in memory at a time."""
+    destination = local_destination(destination, "a random checkpoint")
     tables = read_preset(preset)
     config = VL2Config.from_hf(tables["model"])
     new = unfinished_directory(destination)

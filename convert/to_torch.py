@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.checkpoint import (
+    FILLED,
     checksum,
     dtype_of,
     is_converted,
@@ -20,14 +22,14 @@ from convert.checkpoint import (
     write_manifest,
 )
 from convert.from_torch import copy_small_files
-from convert.safetensors_files import INDEX_FILE, layout_file
+from convert.safetensors_files import INDEX_FILE, SINGLE_FILE, layout_file, read_index
 from convert.weight_map import Leaf, plan
 from vl2_jax.config import read_config
-from vl2_jax.errors import CheckpointError
+from vl2_jax.errors import CheckpointError, VL2Warning
+from vl2_jax.files import local_destination
 from vl2_jax.progress import Report, silent
 
 _LARGEST_FILE = 8 * 2**30
-_SINGLE_FILE = "model.safetensors"
 
 
 def export(source: Path, destination: Path, report: Report = silent) -> None:
@@ -38,11 +40,16 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
     Raises:
       CheckpointError: the source is not a converted checkpoint or was damaged, or the destination exists.
     """
+    destination = local_destination(destination, "the exported model")
     if not is_converted(source):
         raise CheckpointError(f"{source} is not a converted checkpoint; `vl2 convert` makes one.")
     manifest = read_manifest(source)
     leaves = plan(read_config(source))
     dtypes = {leaf.path: dtype_of(manifest["tensors"][leaf.path]["dtype"]) for leaf in leaves}
+    filled = [key for leaf in leaves if manifest["tensors"][leaf.path].get(FILLED) for key in leaf.keys]
+    if filled:
+        line = f"{len(filled)} tensors that the original did not have ({filled[0]} ...) are written as zeros"
+        warnings.warn(f"{destination}: {line}; nothing executes them", VL2Warning, stacklevel=2)
     arrays = read_pieces(source, leaves, verify=True, report=report)
     write_released(source, destination, leaves, dtypes, arrays, report)
 
@@ -62,6 +69,7 @@ def write_released(
       dtypes: of every parameter on disk.
       pieces: parameters by path; together all of `leaves`.
     """
+    destination = local_destination(destination, "the exported model")
     new = unfinished_directory(destination)
     copy_small_files(small_files, new)
     ranges = _create_files(new, leaves, dtypes)
@@ -102,7 +110,7 @@ def _placement(directory: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ..
     """Released key -> file name."""
     index = directory / INDEX_FILE
     if index.is_file():
-        placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        placed = read_index(directory)
         if set(placed) == set(tensors):
             return placed
         index.unlink()
@@ -116,7 +124,7 @@ def _placement(directory: Path, tensors: dict[str, tuple[np.dtype, tuple[int, ..
         shards[-1].append(key)
         filled += size
     if len(shards) == 1:
-        return dict.fromkeys(tensors, _SINGLE_FILE)
+        return dict.fromkeys(tensors, SINGLE_FILE)
     count = len(shards)
     placed = {
         key: f"model-{number:05d}-of-{count:06d}.safetensors" for number, keys in enumerate(shards, 1) for key in keys

@@ -43,6 +43,7 @@ PATCHES = Transform(
 _LAYER = "language.model.layers.{layer}"
 _OUR_LAYER = "language/layers_{layer}"
 _BLOCK, _OUR_BLOCK = "vision.blocks.{layer}", "vision/blocks_{layer}"
+UNUSED_POOLING = "vision.attn_pool."  # in the released checkpoints, executed by nothing (SPEC 2.3)
 _POOL, _OUR_POOL = "vision.attn_pool", "vision/attn_pool"
 
 

@@ -16,15 +16,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from convert.adapters import Adapters, merge, read_adapters
+from convert import adapters as lora
 from convert.checkpoint import dtype_of, is_converted
 from convert.checkpoint import read_pieces as read_converted
 from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
+from convert.peft import read_adapters
 from convert.weight_map import Leaf, flatten, plan, unflatten
-from vl2_jax.config import CONFIG_FILE, VL2Config, read_config
+from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError, ConversationError
-from vl2_jax.files import is_remote, path_of
+from vl2_jax.files import is_file_on, is_remote, path_of, why_not_whole
 from vl2_jax.inference.answers import Answer
 from vl2_jax.inference.generate import Generator, Memory, bucket, matmul_precision
 from vl2_jax.inference.options import SamplingOptions
@@ -34,6 +35,7 @@ from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
 from vl2_jax.processing.conversation import Conversation
 from vl2_jax.processing.messages import pictures_of, read_messages
+from vl2_jax.processing.tokenizer import TOKENIZER_FILE
 from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
 from vl2_jax.sharding.loading import load_sharded
@@ -53,6 +55,7 @@ def load(
     mesh: str | Mesh | None = None,
     dispatch: Dispatch = "ring",
     adapters: str | Path | None = None,
+    merge: bool | None = None,
     report: Report = silent,
 ) -> VL2:
     """A model from a released or a converted directory, or by its hub id.
@@ -65,7 +68,9 @@ def load(
       mesh: devices to spread the model over: "auto", "expert=4,tensor=2" (see `sharding.mesh`), a mesh with those axes,
         or `None` for one device.
       dispatch: how tokens reach their experts on a mesh, see `sharding.layout`.
-      adapters: a directory of low-rank adapters in PEFT's layout, which are merged into the weights.
+      adapters: a directory of low-rank adapters in PEFT's layout; those of a base of another name are a `VL2Warning`.
+      merge: add the adapters to the weights, which costs nothing later, or keep them beside, which loses nothing: the
+        sum of a bfloat16 weight and a small update is mostly the weight. `None` merges into float32 weights alone.
       report: called with (phase, done, total) as loading goes on.
 
     Raises:
@@ -73,14 +78,19 @@ def load(
     """
     directory = find_model(model)
     config = read_config(directory)
+    if not all(is_file_on(directory / name) for name in (PROCESSOR_FILE, TOKENIZER_FILE)):
+        Processor.from_directory(directory, config)  # says what is missing, before minutes are spent on the weights
     leaves = plan(config)
     wanted = dtype_of(dtype or fastest_dtype(config, leaves))
-    added = None if adapters is None else read_adapters(adapters, leaves)  # before minutes are spent on the weights
+    added = None
+    if adapters is not None:  # before minutes are spent on the weights
+        added = read_adapters(adapters, leaves, names_of(model, directory, config))
+    merge = wanted == np.float32 if merge is None else merge
     if mesh is not None:
         layout = MeshLayout(make_mesh(mesh, config) if isinstance(mesh, str) else mesh, dispatch)
         abstract = abstract_sharded_params(config, layout.mesh, wanted)
         params = load_sharded(directory, leaves, abstract, verify, report)
-        params = _with_adapters(params, added)
+        params = _with_adapters(flatten(params), added, merge)
         return VL2(config, params, Processor.from_directory(directory, config), jnp.dtype(wanted), chunk_size, layout)
     if is_converted(directory):
         pieces = read_converted(directory, leaves, verify, report)
@@ -92,12 +102,14 @@ def load(
             kept = np.float32 if path.endswith(CORRECTION_BIAS) else wanted
             flat[path] = jnp.asarray(array.astype(kept, copy=False))
     processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
-    params = _with_adapters(unflatten(flat), added)
+    params = _with_adapters(flat, added, merge)
     return VL2(config, params, processor, jnp.dtype(wanted), chunk_size)
 
 
-def _with_adapters(params: Params, adapters: Adapters | None) -> Params:
-    return params if adapters is None else unflatten(merge(flatten(params), adapters, in_place=True))
+def _with_adapters(flat: dict[str, Array], adapters: lora.Adapters | None, merge: bool) -> Params:
+    if adapters is None:
+        return unflatten(flat)
+    return unflatten(lora.merge(flat, adapters, in_place=True)) if merge else lora.beside(flat, adapters)
 
 
 def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
@@ -110,6 +122,11 @@ def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
     return "float32" if memory is not None and needed <= memory * 2 // 3 else config.torch_dtype
 
 
+def names_of(model: str | Path, directory: Path, config: VL2Config) -> list[str]:
+    """What a model is called, the first as the user calls it."""
+    return [str(model), str(directory), str(config.source.get("_name_or_path", ""))]
+
+
 def find_model(model: str | Path) -> Path:
     """The directory of a model: here, on a bucket (`gs://bucket/model`), or "vl2-nano", which comes with the project.
 
@@ -120,13 +137,17 @@ def find_model(model: str | Path) -> Path:
     """
     directory = path_of(model)
     if is_remote(directory):
-        return _on_bucket(directory)
+        return _with_config(directory)
     if directory.is_dir():
         if (directory / "checkpoints").is_dir() and not (directory / CONFIG_FILE).is_file():
             raise CheckpointError(
                 f"{directory} is the folder of a run; give {directory / 'model'}, or what `vl2 export` makes of it."
             )
-        return _with_config(directory, (directory / CONFIG_FILE).is_file())
+        return _with_config(directory)
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give the directory that holds it, with {CONFIG_FILE} beside it.")
+    if directory.is_symlink():
+        raise CheckpointError(why_not_whole(directory))
     name = str(model)
     if name == SHIPPED:
         return Path(__file__).with_name("nano")
@@ -147,21 +168,12 @@ def find_model(model: str | Path) -> Path:
         ) from None
 
 
-def _on_bucket(directory: Path) -> Path:
-    try:
-        found = (directory / CONFIG_FILE).is_file()
-    except ImportError as error:
+def _with_config(directory: Path) -> Path:
+    config = directory / CONFIG_FILE
+    if not is_file_on(config):
         raise CheckpointError(
-            f"reading {directory} needs another package ({error}): pip install 'vl2-jax[gcs]'"
-        ) from None
-    except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
-        raise CheckpointError(f"{directory} cannot be read ({error}); check its name and your credentials.") from None
-    return _with_config(directory, found)
-
-
-def _with_config(directory: Path, found: bool) -> Path:
-    if not found:
-        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}; give the directory of a model.")
+            why_not_whole(config) or f"{directory} holds no {CONFIG_FILE}; give the directory of a model."
+        )
     return directory
 
 

@@ -1,64 +1,31 @@
 """Configuration: what a DeepSeek-VL2 model is, read from and written to the official JSON files.
 
 Field names and defaults are those of the official configuration classes (SPEC 1.1), so that a key which a released
-`config.json` leaves out means here what it means there. `source` keeps the JSON that was read: `to_hf` writes
-it back with the fields that were changed, and nothing else, so that keys we do not know survive a round trip.
+`config.json` leaves out means here what it means there.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from vl2_jax.errors import ConfigError
-from vl2_jax.files import path_of
+from vl2_jax import spellings
+from vl2_jax.errors import ConfigError, shown
+from vl2_jax.fields import ReleasedFields, require_positive, source_field
+from vl2_jax.files import is_file_on, path_of, why_not_whole
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor_config.json"
-
-
-def _source() -> Any:
-    return field(default_factory=dict, compare=False, hash=False, repr=False)
-
-
-class _HfDataclass:
-    """Reading and writing of one JSON object; nested sections are handled by `VL2Config`."""
-
-    source: dict[str, Any]
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> Self:
-        known = {f.name for f in dataclasses.fields(cls) if f.name != "source"}  # type: ignore[arg-type]
-        values = {key: _freeze(value) for key, value in data.items() if key in known}
-        return cls(**values, source=copy.deepcopy(dict(data)))  # type: ignore[call-arg]
-
-    def to_hf(self) -> dict[str, Any]:
-        """The JSON object: the keys that were read, plus every field that differs from its default."""
-        data = copy.deepcopy(self.source)
-        for f in dataclasses.fields(self):  # type: ignore[arg-type]
-            if f.name == "source":
-                continue
-            value = getattr(self, f.name)
-            is_new = f.name not in data and value != _default(f)
-            is_changed = f.name in data and _freeze(data[f.name]) != value
-            if is_new or is_changed:
-                data[f.name] = _thaw(value)
-        return data
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+PREPROCESSOR_FILE = "preprocessor_config.json"  # what newer tools write in its place
 
 
 @dataclass(frozen=True)
-class VisionConfig(_HfDataclass):
+class VisionConfig(ReleasedFields):
     """The SigLIP tower (SPEC 2). The defaults are the official class's, which describe SigLIP-Large/16."""
 
     model_name: str = "siglip_large_patch16_384"
@@ -68,7 +35,14 @@ class VisionConfig(_HfDataclass):
     layers: int = 24
     heads: int = 16
     mlp_ratio: float = 4
-    source: dict[str, Any] = _source()
+    source: dict[str, Any] = source_field()
+
+    def __post_init__(self) -> None:
+        require_positive("vision", self, "image_size", "patch_size", "width", "layers", "heads", "mlp_ratio")
+
+    @classmethod
+    def as_released(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return spellings.vision(data)
 
     @property
     def grid(self) -> int:
@@ -81,7 +55,7 @@ class VisionConfig(_HfDataclass):
 
 
 @dataclass(frozen=True)
-class ProjectorConfig(_HfDataclass):
+class ProjectorConfig(ReleasedFields):
     """From vision features to rows of the language model's embedding (SPEC 3.1)."""
 
     projector_type: str = "downsample_mlp_gelu"
@@ -91,7 +65,10 @@ class ProjectorConfig(_HfDataclass):
     mlp_ratio: int = 1
     downsample_ratio: int = 2
     token_pooling: bool = False
-    source: dict[str, Any] = _source()
+    source: dict[str, Any] = source_field()
+
+    def __post_init__(self) -> None:
+        require_positive("projector", self, "input_dim", "n_embed", "depth", "mlp_ratio", "downsample_ratio")
 
 
 @dataclass(frozen=True)
@@ -106,9 +83,12 @@ class RopeScaling:
     mscale: float = 1
     mscale_all_dim: float = 0
 
+    def __post_init__(self) -> None:
+        require_positive("rope_scaling", self, "factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
 
 @dataclass(frozen=True)
-class LanguageConfig(_HfDataclass):
+class LanguageConfig(ReleasedFields):
     """The MoE decoder (SPEC 5)."""
 
     vocab_size: int = 102400
@@ -147,7 +127,23 @@ class LanguageConfig(_HfDataclass):
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = False
     use_mla: bool = True
-    source: dict[str, Any] = _source()
+    source: dict[str, Any] = source_field()
+    ALSO: ClassVar[Mapping[str, str]] = {"rope_theta": "rope_parameters", "rope_scaling": "rope_parameters"}
+
+    def __post_init__(self) -> None:
+        latent = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim") if self.use_mla else ()
+        low_rank = ("q_lora_rank",) if self.use_mla and self.q_lora_rank is not None else ()
+        experts = ("n_routed_experts", "num_experts_per_tok") if self.n_routed_experts is not None else ()
+        groups = [name for name in ("n_group", "topk_group") if getattr(self, name) is not None]
+        require_positive(
+            "language", self, "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size",
+            "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "moe_layer_freq",
+            "max_position_embeddings", "rms_norm_eps", "rope_theta", *latent, *low_rank, *experts, *groups,
+        )  # fmt: skip
+
+    @classmethod
+    def as_released(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return spellings.language(data)
 
     @property
     def head_dim(self) -> int:
@@ -177,7 +173,7 @@ class LanguageConfig(_HfDataclass):
 
 
 @dataclass(frozen=True)
-class ProcessorConfig(_HfDataclass):
+class ProcessorConfig(ReleasedFields):
     """How pictures are cut into tiles and prompts are written (SPEC 4), `processor_config.json`."""
 
     candidate_resolutions: tuple[tuple[int, int], ...] = ((384, 384),)  # (width, height); the first is the tile
@@ -191,17 +187,28 @@ class ProcessorConfig(_HfDataclass):
     sft_format: str = "deepseek"
     mask_prompt: bool = True
     ignore_id: int = -100
-    source: dict[str, Any] = _source()
+    source: dict[str, Any] = source_field()
 
     def __post_init__(self) -> None:
-        width, height = self.candidate_resolutions[0]
-        if width != height or any(w % width or h % height for w, h in self.candidate_resolutions):
+        sizes = self.candidate_resolutions
+        is_list = bool(sizes) and sizes[0][0] == sizes[0][1] and min(map(min, sizes)) > 0
+        if not is_list or any(size % sizes[0][0] for pair in sizes for size in pair):
             raise ConfigError(
                 f"candidate_resolutions must start with the square tile and hold multiples of it, got "
-                f"{self.candidate_resolutions}; the released list starts with (384, 384)."
+                f"{shown(sizes)}; the released list starts with (384, 384)."
             )
         if self.sft_format != "deepseek":
-            raise ConfigError(f"sft_format {self.sft_format!r} is not supported; released models use 'deepseek'.")
+            raise ConfigError(f"sft_format {shown(self.sft_format)} is not supported; released models use 'deepseek'.")
+        require_positive("processor", self, "patch_size", "downsample_ratio")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ConfigError(
+                f"image_mean is {shown(self.image_mean)} and image_std {shown(self.image_std)}; expected three numbers "
+                "each, of red, green and blue, and deviations above 0."
+            )
+
+    @classmethod
+    def as_released(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        return spellings.processor(data)
 
     @property
     def tile_size(self) -> int:
@@ -214,7 +221,7 @@ class ProcessorConfig(_HfDataclass):
 
 
 @dataclass(frozen=True)
-class VL2Config(_HfDataclass):
+class VL2Config(ReleasedFields):
     """The whole model, `config.json`."""
 
     vision_config: VisionConfig = VisionConfig()
@@ -224,40 +231,21 @@ class VL2Config(_HfDataclass):
     tile_tag: str = "2D"
     global_view_pos: str = "head"
     torch_dtype: str = "bfloat16"
-    source: dict[str, Any] = _source()
+    source: dict[str, Any] = source_field()
+    ALSO: ClassVar[Mapping[str, str]] = {"torch_dtype": "dtype"}
 
     def __post_init__(self) -> None:
         _validate(self)
 
     @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> Self:
-        """From the contents of an official `config.json`.
-
-        Raises:
-          ConfigError: a value that the model cannot have, naming it and what is accepted.
-        """
-        sections = {"vision_config": VisionConfig, "projector_config": ProjectorConfig}
-        for name in (*sections, "language_config"):
+    def as_released(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        for name in ("vision_config", "projector_config", "language_config"):
             if not isinstance(data.get(name), Mapping):
                 raise ConfigError(
                     f"config.json has no {name!r} section, so it is not a DeepSeek-VL2 configuration "
-                    f"(model_type {data.get('model_type')!r}); expected model_type 'deepseek_vl_v2'."
+                    f"(model_type {shown(data.get('model_type'))}); expected model_type 'deepseek_vl_v2'."
                 )
-        values: dict[str, Any] = {name: section.from_hf(data[name]) for name, section in sections.items()}
-        values["language_config"] = _language_from_hf(data["language_config"])
-        for name in ("candidate_resolutions", "tile_tag", "global_view_pos", "torch_dtype"):
-            if name in data:
-                values[name] = _freeze(data[name])
-        # The sections keep their own source; here only their place among the keys is remembered.
-        source = {key: None if key in values and key.endswith("_config") else value for key, value in data.items()}
-        return cls(**values, source=copy.deepcopy(source))
-
-    def to_hf(self) -> dict[str, Any]:
-        data = super().to_hf()
-        for name in ("vision_config", "projector_config", "language_config"):
-            data[name] = getattr(self, name).to_hf()
-        order = [*self.source, *(key for key in data if key not in self.source)]
-        return {key: data[key] for key in order}
+        return spellings.model(data)
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -280,7 +268,44 @@ def read_config(directory: str | Path) -> VL2Config:
 
 
 def read_processor_config(directory: str | Path) -> ProcessorConfig:
-    return ProcessorConfig.from_hf(read_json(path_of(directory) / PROCESSOR_FILE))
+    """From `processor_config.json`, or from a `preprocessor_config.json` that says as much.
+
+    What the model's own configuration says too is taken from there where the file leaves it out.
+
+    Raises:
+      ConfigError: there is neither, or something is missing (named) or cannot be.
+    """
+    directory = path_of(directory)
+    files = [directory / name for name in (PROCESSOR_FILE, PREPROCESSOR_FILE)]
+    file = next((path for path in files if is_file_on(path)), None)
+    if file is None:
+        raise ConfigError(
+            why_not_whole(files[0])
+            or f"{files[0]} does not exist; it says how pictures are cut into tiles. Copy it from the released model."
+        )
+    data = spellings.processor(read_json(file))
+    required = ["candidate_resolutions", "patch_size", "downsample_ratio"]
+    if file.name == PREPROCESSOR_FILE:
+        required += ["image_mean", "image_std"]
+    if missing := [name for name in required if data.get(name) is None]:
+        known = _known_of_model(directory)
+        data = {**data, **{name: known[name] for name in missing if known.get(name) is not None}}
+    if missing := [name for name in required if data.get(name) is None]:
+        raise ConfigError(f"{file} does not say {', '.join(missing)}; copy {PROCESSOR_FILE} from the released model.")
+    return ProcessorConfig.from_hf(data)
+
+
+def _known_of_model(directory: Path) -> dict[str, Any]:
+    """What `config.json` says about pictures."""
+    if not is_file_on(directory / CONFIG_FILE):
+        return {}
+    data = read_json(directory / CONFIG_FILE)
+    vision, projector = (data.get(name) or {} for name in ("vision_config", "projector_config"))
+    if not (isinstance(vision, dict) and isinstance(projector, dict)):
+        return {}
+    ratio = projector.get("downsample_ratio", ProjectorConfig.downsample_ratio)
+    sizes = {"patch_size": vision.get("patch_size"), "downsample_ratio": ratio}
+    return sizes | {"candidate_resolutions": data.get("candidate_resolutions")}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -292,9 +317,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; give the directory of a downloaded or converted model.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); download or convert the model again.") from None
+        raise ConfigError(
+            why_not_whole(path) or f"{path} does not exist; give the directory of a downloaded or converted model."
+        ) from None
+    except NotADirectoryError:
+        raise ConfigError(f"{path.parent} is a file; give the directory of a model that holds it.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            why_not_whole(path) or f"{path} is not valid JSON ({error}); download or convert the model again."
+        ) from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds a JSON {type(data).__name__}, expected an object.")
     return data
@@ -323,41 +356,12 @@ def _nulls(value: Any) -> Any:
     return None if value == "null" else value
 
 
-def _language_from_hf(data: Mapping[str, Any]) -> LanguageConfig:
-    scaling = data.get("rope_scaling")
-    config = LanguageConfig.from_hf({key: value for key, value in data.items() if key != "rope_scaling"})
-    if scaling is None:
-        return config.replace(source=copy.deepcopy(dict(data)))
-    known = {f.name for f in dataclasses.fields(RopeScaling)}
-    if "type" not in scaling or set(scaling) - known:
-        raise ConfigError(f"rope_scaling {scaling} is not understood; its keys are {', '.join(sorted(known))}.")
-    return config.replace(rope_scaling=RopeScaling(**scaling), source=copy.deepcopy(dict(data)))
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_freeze(item) for item in value)
-    if isinstance(value, dict) and "type" in value:
-        return RopeScaling(**value)
-    return value
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_thaw(item) for item in value]
-    return dataclasses.asdict(value) if isinstance(value, RopeScaling) else value
-
-
-def _default(f: dataclasses.Field) -> Any:
-    return f.default
-
-
 def _validate(config: VL2Config) -> None:
     vision, projector, language = config.vision_config, config.projector_config, config.language_config
 
     def one_of(name: str, value: Any, choices: tuple) -> None:
         if value not in choices:
-            raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}.")
+            raise ConfigError(f"{name} is {shown(value)}; expected one of {', '.join(map(repr, choices))}.")
 
     def require(condition: bool, message: str) -> None:
         if not condition:
@@ -374,6 +378,7 @@ def _validate(config: VL2Config) -> None:
         one_of("rope_scaling type", language.rope_scaling.type, ("linear", "dynamic", "yarn"))
     require(not language.attention_bias, "attention_bias true is not supported; released models have none.")
     require(not language.tie_word_embeddings, "language tie_word_embeddings true is not supported.")
+    require(vision.grid > 0, f"vision patch_size {vision.patch_size} is larger than image_size {vision.image_size}.")
     require(
         vision.width % vision.heads == 0,
         f"vision width {vision.width} does not divide into {vision.heads} heads.",
@@ -393,6 +398,10 @@ def _validate(config: VL2Config) -> None:
     require(language.rope_dim % 2 == 0, f"the rotated width {language.rope_dim} of a head must be even.")
     if not language.use_mla:
         require(
+            language.hidden_size % language.num_attention_heads == 0,
+            f"language hidden_size {language.hidden_size} does not divide into {language.num_attention_heads} heads.",
+        )
+        require(
             language.num_key_value_heads == language.num_attention_heads,
             f"num_key_value_heads {language.num_key_value_heads} differs from num_attention_heads "
             f"{language.num_attention_heads}; grouped queries do not occur in DeepSeek-VL2.",
@@ -405,4 +414,6 @@ def _validate(config: VL2Config) -> None:
         if language.topk_method == "noaux_tc":
             require(experts // groups >= 2, f"noaux_tc needs 2 experts a group, got {experts} in {groups} groups.")
         if language.topk_method != "greedy":
-            require(language.topk_group is not None, f"topk_method {language.topk_method!r} needs topk_group.")
+            chosen = language.topk_group
+            require(chosen is not None, f"topk_method {language.topk_method!r} needs topk_group.")
+            require(chosen is None or chosen <= groups, f"topk_group {chosen} is more than n_group {groups}.")

@@ -33,6 +33,10 @@ class VL2Error(ValueError):
     """The base of everything this package raises on purpose."""
 
 
+class VL2Warning(UserWarning):
+    """Something that was done, and that the user may not have meant."""
+
+
 class ConfigError(VL2Error):
     """A configuration that is missing, unreadable or describes something the model cannot be."""
 

@@ -1,26 +1,97 @@
-"""Files of a model, in a directory or on a bucket (`gs://bucket/model`): what `pathlib` does not do there."""
+"""Files of a model, in a directory or on a bucket (`gs://bucket/model`): what `pathlib` does not do there.
+
+Buckets are read where they are. They are not written to: what is written here gets its name once all of it is on disk,
+which a bucket cannot do.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
+
+from vl2_jax.errors import CheckpointError, shown
+from vl2_jax.installation import install_line
+
+# Two letters at least: one is a drive. One slash is enough: `pathlib` keeps no more.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
+_LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+_COPIERS = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
     """A path that reads as `pathlib.Path` does, wherever its files are."""
-    if not is_remote(name):
+    scheme, rest = _address(name)
+    if scheme == "file":
+        return Path("/", unquote(rest.removeprefix("localhost/")))
+    if not scheme:
         return Path(name).expanduser()
     from etils import epath
 
-    remote: Any = epath.Path(name)
+    remote: Any = epath.Path(f"{scheme}://{rest}")
     return remote
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path)
+    return _address(path)[0] not in ("", "file")
+
+
+def local_destination(path: str | os.PathLike[str], what: str) -> Path:
+    """A place on this machine to write to.
+
+    Args:
+      what: is written, as the message says it.
+
+    Raises:
+      CheckpointError: it is an address, on a bucket or elsewhere.
+    """
+    return _here(path, f"{what} cannot be written to", "give a folder here, then", ("FOLDER", "{}"))
+
+
+def local_source(path: str | os.PathLike[str], what: str) -> Path:
+    """A place on this machine to read from, of what is not read from a bucket.
+
+    Raises:
+      CheckpointError: as `local_destination`.
+    """
+    return _here(path, f"{what} cannot be read from", "copy it here first:", ("{}", "FOLDER"))
+
+
+def is_file_on(path: Path) -> bool:
+    """Whether there is such a file, here or on a bucket.
+
+    Raises:
+      CheckpointError: the bucket cannot be read, or the package that reads it is missing.
+    """
+    try:
+        return path.is_file()
+    except ImportError as error:
+        line = f": {install_line('gcs')}" if _address(path)[0] == "gs" else ""
+        raise CheckpointError(f"reading {path} needs another package ({error}){line}") from None
+    except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
+        raise CheckpointError(f"{path} cannot be read ({error}); check its name and your credentials.") from None
+
+
+def why_not_whole(path: Path) -> str:
+    """What keeps a file from being what its name says, and the remedy: a link to nothing, a Git LFS pointer, or ""."""
+    if not is_remote(path) and path.is_symlink() and not path.exists():
+        return (
+            f"{path} is a link to {os.readlink(path)}, which is not there; copy the model with the files behind its "
+            "links (cp -rL), or download it again."
+        )
+    if path.is_file() and size_of(path) <= _LARGEST_POINTER:
+        with path.open("rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                return (
+                    f"{path} is a Git LFS pointer, which stands for the file in a repository; run `git lfs pull` "
+                    "there, or download the model again."
+                )
+    return ""
 
 
 def size_of(path: Path) -> int:
@@ -35,3 +106,19 @@ def read_range(path: Path, offset: int, size: int) -> np.ndarray:
     with path.open("rb") as stream:
         stream.seek(offset)
         return np.frombuffer(stream.read(size), np.uint8)
+
+
+def _address(name: str | os.PathLike[str]) -> tuple[str, str]:
+    """Scheme and the rest of an address; ("", ...) of a path."""
+    match = _ADDRESS.fullmatch(os.fspath(name))
+    return (match[1].lower(), match[2]) if match else ("", os.fspath(name))
+
+
+def _here(path: str | os.PathLike[str], refusal: str, remedy: str, order: tuple[str, str]) -> Path:
+    if not is_remote(path):
+        return path_of(path)
+    scheme, rest = _address(path)
+    address = f"{scheme}://{rest}"
+    places = " ".join(place.format(shlex.quote(address)) for place in order)
+    line = f"`{_COPIERS[scheme]} {places}`" if scheme in _COPIERS else "copy it with the tool of that place"
+    raise CheckpointError(f"{refusal} {shown(address, 200)}; {remedy} {line}.")

@@ -5,13 +5,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from convert.adapters import merge, read_adapters, write_adapters
+from convert.adapters import merge
+from convert.peft import read_adapters, write_adapters
 from convert.weight_map import flatten, plan
 from tests.peers.transformers_models import released_tensors
 from vl2_jax.config import VL2Config
 from vl2_jax.model.vl2 import init_params
 from vl2_jax.training.lora import abstract_adapters, adapters_of, init_adapters
-from vl2_jax.training.recipe import LoraRecipe
+from vl2_jax.training.recipe import LoraRecipe, Recipe
 
 
 def modules_named(tensors):
@@ -36,7 +37,7 @@ def test_peft_merges_the_same_weights(tmp_path):
     config = VL2Config.preset("vl2-nano")
     params = flatten(init_params(config, jax.random.key(0)))
     recipe = LoraRecipe(rank=4, alpha=8.0, targets=("language/layers_*/*_proj*", "vision/blocks_*", "projector/*"))
-    factors = init_adapters(abstract_adapters(recipe, params), seed=1)
+    factors = init_adapters(abstract_adapters(Recipe(lora=recipe), params), seed=1)
     factors = {path: leaf + 0.1 * jax.random.normal(jax.random.key(2), leaf.shape) for path, leaf in factors.items()}
     adapters = adapters_of(recipe, factors)
     write_adapters(tmp_path / "adapters", adapters, plan(config), "vl2-nano")
@@ -49,7 +50,7 @@ def test_peft_merges_the_same_weights(tmp_path):
     for dtype, tolerance in ((torch.float32, 0.0), (torch.bfloat16, 0.01)):
         model.to(dtype).save_pretrained(tmp_path / str(dtype))
         again = read_adapters(tmp_path / str(dtype), plan(config))
-        assert (again.pairs.keys(), again.scale) == (adapters.pairs.keys(), adapters.scale)
+        assert (again.pairs.keys(), again.scales) == (adapters.pairs.keys(), adapters.scales)
         for path, pair in adapters.pairs.items():
             for theirs, ours in zip(again.pairs[path], pair, strict=True):
                 np.testing.assert_allclose(theirs, ours, rtol=tolerance)

@@ -10,18 +10,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import vl2_jax
-from convert.adapters import CONFIG_FILE, WEIGHTS_FILE, can_be_adapted, merge, read_adapters, write_adapters
+from convert.adapters import can_be_adapted, merge
+from convert.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapters, write_adapters
 from convert.safetensors_files import layout_file
 from convert.weight_map import flatten, plan, unflatten
 from tests.conftest import GOLDENS
 from vl2_jax.config import read_config
 from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.model.layers import ADAPTERS
 from vl2_jax.training.data import batches
 from vl2_jax.training.export import export_run
 from vl2_jax.training.loop import train
 from vl2_jax.training.lora import abstract_adapters, adapters_of, collection_of, init_adapters
 from vl2_jax.training.objective import losses
-from vl2_jax.training.recipe import LoraRecipe
+from vl2_jax.training.recipe import LoraRecipe, Recipe
 
 EVERYWHERE = ("language/*", "vision/blocks_*", "projector/*")
 LORA = ["lora.rank=4", "lora.alpha=8", f"lora.targets={json.dumps(EVERYWHERE)}"]
@@ -36,7 +38,7 @@ def vl2():
 def factors(vl2):
     """Adapters on everything that can have one, neither factor zero."""
     flat = flatten(vl2.params)
-    drawn = init_adapters(abstract_adapters(LoraRecipe(4, 8.0, EVERYWHERE), flat), 1)
+    drawn = init_adapters(abstract_adapters(Recipe(lora=LoraRecipe(4, 8.0, EVERYWHERE)), flat), 1)
     random = np.random.default_rng(0)
 
     def normal(leaf):
@@ -65,7 +67,7 @@ def test_adapters_have_the_loss_and_gradients_of_their_products(vl2, factors, re
     @jax.jit
     def beside(factors):
         adapters = collection_of(described, factors)
-        return jax.value_and_grad(lambda f: losses(model, vl2.params, batch, adapters=f).total)(adapters)
+        return jax.value_and_grad(lambda f: losses(model, {**vl2.params, ADAPTERS: f}, batch).total)(adapters)
 
     @jax.jit
     def multiplied_out(factors):
@@ -109,7 +111,7 @@ def test_adapters_come_back_from_disk(vl2, factors, tmp_path):
     write_adapters(tmp_path / "adapters", adapters, leaves, "base")
     again = read_adapters(tmp_path / "adapters", leaves)
     assert again.pairs.keys() == adapters.pairs.keys()
-    assert again.scale == 2.0
+    assert set(again.scales.values()) == {2.0}
     for path, (a, b) in adapters.pairs.items():
         np.testing.assert_array_equal(again.pairs[path][0], a)
         np.testing.assert_array_equal(again.pairs[path][1], b)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from vl2_jax.errors import ConfigError
+from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.training.length import Length
 from vl2_jax.training.optimizer import optimizer_of
-from vl2_jax.training.recipe import read_recipe
+from vl2_jax.training.recipe import build_recipe, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "configs" / "training"
 
@@ -55,9 +55,19 @@ def test_what_a_file_says_is_taken_back_by_a_change_without_a_value(recipe_file)
     assert (recipe.loop.steps, recipe.data.epochs, recipe.model.tokenizer) == (None, 3, None)
 
 
-def test_adapters_alone_are_trained(recipe_file):
-    with pytest.raises(ConfigError, match=r"optimizer\.frozen has no effect on adapters"):
-        read_recipe(recipe_file(), ["lora.rank=4", "optimizer.frozen=['vision/*']"])
+def test_what_is_trained_whole_is_trained_beside_adapters(recipe_file):
+    with pytest.raises(ConfigError, match=r"lora\.whole is for training beside adapters"):
+        read_recipe(recipe_file(), ["lora.whole=['projector/*']"])
+
+
+def test_adapters_are_gone_on_from_on_the_model_they_were_made_for():
+    with pytest.raises(ConfigError, match=r"model\.adapters needs model\.path"):
+        build_recipe({"model": {"preset": "vl2-tiny", "adapters": "some"}})
+
+
+def test_training_data_on_a_bucket_is_refused_before_the_work():
+    with pytest.raises(VL2Error, match=r"copy it here first: `gcloud storage cp -r gs://b/data\.jsonl FOLDER`"):
+        build_recipe({"data": {"sources": [{"path": "gs://b/data.jsonl"}]}})
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):

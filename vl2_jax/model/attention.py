@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.layers import ONE_DEVICE, Dtype, Layout, Linear, RMSNorm, attend, declare, softmax, with_adapter
+from vl2_jax.model.layers import ONE_DEVICE, Dtype, Layout, Linear, RMSNorm, adapter_of, attend, declare, softmax
 from vl2_jax.model.rope import rotate, softmax_scale
 
 _MOST_ROWS_A_BLOCK = 512
@@ -87,23 +87,32 @@ class LatentAttention(nn.Module):
             rows = cache[0]
 
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
-        kv_b = rearrange(with_adapter(self, "kv_b_proj", kv_b, self.dtype), "r (h k) -> r h k", h=heads)
+        kv_b = rearrange(kv_b.astype(self.dtype), "r (h k) -> r h k", h=heads)
+        pair = adapter_of(self, "kv_b_proj", self.dtype)
+        factors = None if pair is None else (pair[0], rearrange(pair[1], "a (h k) -> a h k", h=heads))
         scale = softmax_scale(config)
         if absorbed is None:
             absorbed = cache is not None and x.shape[1] < _absorbed_below(config)
         with jax.named_scope("absorbed_attention" if absorbed else "expanded_attention"):
             if absorbed:
                 q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, kv_b[..., :nope])
+                if factors is not None:
+                    narrow = jnp.einsum("bthn,ahn->btha", q_nope, factors[1][..., :nope])
+                    q_latent += jnp.einsum("btha,ra->bthr", narrow, factors[0])
                 q_rows = jnp.concatenate([q_latent, q_rope], axis=-1)
                 scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
                 probabilities = softmax(scores, mask).astype(self.dtype)
                 # Of whole rows, the rotated part included: a slice of the cache would be a copy of it.
                 mixed = jnp.einsum("bhts,bsw->bthw", probabilities, rows)[..., :rank]
                 out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
+                if factors is not None:
+                    out += jnp.einsum("btha,ahv->bthv", mixed @ factors[0], factors[1][..., nope:])
             else:
 
                 def expand(rows: Float[Array, "B S R+P"]) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S V"]]:
                     expanded = jnp.einsum("bsr,rhk->bhsk", rows[..., :rank], kv_b)
+                    if factors is not None:
+                        expanded += jnp.einsum("bsa,ahk->bhsk", rows[..., :rank] @ factors[0], factors[1])
                     shared = jnp.broadcast_to(rows[:, None, :, rank:], (*expanded.shape[:3], rope))
                     return jnp.concatenate([expanded[..., :nope], shared], axis=-1), expanded[..., nope:]
 

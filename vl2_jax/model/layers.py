@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.errors import ConfigError
-from vl2_jax.ops.expert_ffn.api import expert_ffn
+from vl2_jax.ops.expert_ffn.api import ExpertAdapters, expert_ffn
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -57,15 +57,16 @@ class Layout:
         down: Float[Array, "E F D"],
         expert_ids: Int[Array, "B T k"],
         combine_weights: Float[Array, "B T k"],
+        adapters: ExpertAdapters | None = None,
     ) -> Float[Array, "B T D"]:
         """`ops.expert_ffn` of every position."""
         rows = (a.reshape(-1, a.shape[-1]) for a in (x, expert_ids, combine_weights))
         x_rows, ids, weights = rows
-        return expert_ffn(x_rows, gate, up, down, ids, weights).reshape(x.shape)
+        return expert_ffn(x_rows, gate, up, down, ids, weights, adapters=adapters).reshape(x.shape)
 
 
 ONE_DEVICE = Layout()
-ADAPTERS = "adapters"  # the collection of variables beside "params"
+ADAPTERS = "adapters"  # the collection of variables beside "params"; where there is one argument, it stands in it
 
 
 def cache_axes(rank: int) -> tuple[str | None, ...]:
@@ -120,12 +121,6 @@ def adapter_of(module: nn.Module, name: str, dtype: Dtype) -> tuple[Array, Array
         return None
     pair: Any = module.get_variable(ADAPTERS, name)
     return pair["a"].astype(dtype), pair["b"].astype(dtype)
-
-
-def with_adapter(module: nn.Module, name: str, value: Array, dtype: Dtype) -> Array:
-    """A parameter in `dtype`, and its adapter's product added."""
-    pair = adapter_of(module, name, dtype)
-    return value.astype(dtype) if pair is None else value.astype(dtype) + pair[0] @ pair[1]
 
 
 class Linear(nn.Module):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.layers import ONE_DEVICE, Dtype, GatedMLP, Layout, declare, with_adapter
+from vl2_jax.model.layers import ONE_DEVICE, Dtype, GatedMLP, Layout, adapter_of, declare
 
 
 class Routing(NamedTuple):
@@ -38,19 +38,21 @@ class MoE(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         routing = Router(config, self.param_dtype, name="gate")(x)
 
-        def stacked(name: str, shape: tuple[int, int], axes: tuple[str, str]) -> Array:
-            kernel = declare(self, name, init, (experts, *shape), ("expert", *axes), self.param_dtype)
-            return with_adapter(self, name, kernel, self.dtype)
-
+        wide, tall = ("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed")
+        described = {
+            "experts_gate_proj": ((experts, width, hidden), wide),
+            "experts_up_proj": ((experts, width, hidden), wide),
+            "experts_down_proj": ((experts, hidden, width), tall),
+        }
+        kernels = [
+            declare(self, name, init, shape, axes, self.param_dtype).astype(self.dtype)
+            for name, (shape, axes) in described.items()
+        ]
+        gate, up, down = kernels
+        factors = [adapter_of(self, name, self.dtype) for name in described]
+        adapters = (factors[0], factors[1], factors[2]) if any(factors) else None
         with jax.named_scope("routed_experts"):
-            routed = self.layout.experts(
-                x,
-                stacked("experts_gate_proj", (width, hidden), ("embed", "expert_mlp")),
-                stacked("experts_up_proj", (width, hidden), ("embed", "expert_mlp")),
-                stacked("experts_down_proj", (hidden, width), ("expert_mlp", "embed")),
-                routing.expert_ids,
-                routing.weights,
-            )
+            routed = self.layout.experts(x, gate, up, down, routing.expert_ids, routing.weights, adapters)
         if config.n_shared_experts:
             shared_width = config.n_shared_experts * hidden
             shared = GatedMLP(shared_width, self.dtype, self.param_dtype, init, name="shared_experts")

@@ -135,15 +135,16 @@ class VL2Model(nn.Module):
         return ForwardOutput(self.logits(out.hidden), out.routings)
 
 
-def apply(
-    model: VL2Model, params: Params, *arguments: Any, method: str | None = None, adapters: Params | None = None
-) -> Any:
+def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None = None) -> Any:
     """`model`'s method as a pure function of its parameters and arguments.
 
     Args:
-      adapters: low-rank factors that are added to parameters of the same place (`training.lora`).
+      params: with low-rank factors under `ADAPTERS`, they are added to the parameters of the same place
+        (`convert.adapters.beside`).
     """
-    variables = {"params": params} if adapters is None else {"params": params, ADAPTERS: adapters}
+    variables = {"params": {name: part for name, part in params.items() if name != ADAPTERS}}
+    if ADAPTERS in params:
+        variables[ADAPTERS] = params[ADAPTERS]
     return model.apply(variables, *arguments, method=method)
 
 

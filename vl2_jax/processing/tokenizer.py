@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.decoders import DecodeStream
 
 from vl2_jax.errors import CheckpointError, ConversationError, shown
-from vl2_jax.files import path_of
+from vl2_jax.files import path_of, why_not_whole
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -57,12 +57,14 @@ class Tokenizer:
         path = directory / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(
-                f"{path} does not exist; download the tokenizer files of the model into the same directory."
+                why_not_whole(path)
+                or f"{path} does not exist; download the tokenizer files of the model into the same directory."
             )
         try:
             tokenizer = HfTokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} is not a tokenizer file ({error}); download it again.") from None
+            reason = why_not_whole(path) or f"{path} is not a tokenizer file ({error}); download it again."
+            raise CheckpointError(reason) from None
         names = {"bos_token": "<｜begin▁of▁sentence｜>", "eos_token": "<｜end▁of▁sentence｜>"}
         config_path = directory / TOKENIZER_CONFIG_FILE
         if config_path.is_file():

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.model.layers import Layout, cache_axes
-from vl2_jax.ops.expert_ffn.api import expert_ffn
+from vl2_jax.ops.expert_ffn.api import ExpertAdapters, expert_ffn
 from vl2_jax.sharding.ragged import exchange_and_compute
 from vl2_jax.sharding.rules import EXPERT, TENSOR, sharding_of, spec_of
 
@@ -89,11 +89,13 @@ class MeshLayout(Layout):
         down: Float[Array, "E F D"],
         expert_ids: Int[Array, "B T k"],
         combine_weights: Float[Array, "B T k"],
+        adapters: ExpertAdapters | None = None,
     ) -> Float[Array, "B T D"]:
         # A kernel's embed axis is gathered from `fsdp` here; its experts and their width stay where they are.
         rows = spec_of(self.mesh, x.shape, ("batch", None, None))
         wide = spec_of(self.mesh, gate.shape, ("expert", None, "expert_mlp"))
         tall = spec_of(self.mesh, down.shape, ("expert", "expert_mlp", None))
+        factors = None if adapters is None else tuple(self._specs_of(pair, n == 2) for n, pair in enumerate(adapters))
         body = partial(
             _local_experts,
             experts=gate.shape[0],
@@ -106,10 +108,18 @@ class MeshLayout(Layout):
         return jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(rows, wide, wide, tall, rows, rows),
+            in_specs=(rows, wide, wide, tall, rows, rows, factors),
             out_specs=rows,
             check_vma=False,  # loops and kernels inside do not say along which axes their results vary
-        )(x, gate, up, down, expert_ids, combine_weights)
+        )(x, gate, up, down, expert_ids, combine_weights, adapters)
+
+    def _specs_of(self, pair: tuple[Array, Array] | None, is_down: bool) -> Any:
+        """Of the factors of a projection of all experts: they lie as their kernel does, the rank whole."""
+        if pair is None:
+            return None
+        axes = ("expert", "expert_mlp", None) if is_down else ("expert", None, None)
+        other = ("expert", None, None) if is_down else ("expert", None, "expert_mlp")
+        return spec_of(self.mesh, pair[0].shape, axes), spec_of(self.mesh, pair[1].shape, other)
 
 
 def _axes_of(spec: PartitionSpec, position: int) -> tuple[str, ...]:
@@ -118,7 +128,7 @@ def _axes_of(spec: PartitionSpec, position: int) -> tuple[str, ...]:
 
 
 def _local_experts(
-    x, gate, up, down, expert_ids, combine_weights, *, experts, over, spread, width_split, sizes, dispatch
+    x, gate, up, down, expert_ids, combine_weights, adapters, *, experts, over, spread, width_split, sizes, dispatch
 ):  # fmt: skip
     """One device's part: its experts on the tokens that chose them.
 
@@ -130,7 +140,7 @@ def _local_experts(
     batch, length, width = x.shape
     rows = [a.reshape(batch * length, -1) for a in (x, expert_ids, combine_weights)]
     first = _place_along(over, sizes) * gate.shape[0]
-    compute = partial(_compute, gate=gate, up=up, down=down, first=first, experts=experts)
+    compute = partial(_compute, gate=gate, up=up, down=down, first=first, experts=experts, adapters=adapters)
     # Devices along `tensor` have the same tokens, and other experts or another part of each expert's width.
     add_over = (TENSOR,) if width_split or TENSOR in over else ()
     travels = EXPERT in over and spread
@@ -160,11 +170,11 @@ def _local_experts(
     return out.reshape(x.shape)
 
 
-def _compute(x, expert_ids, combine_weights, *, gate, up, down, first, experts):
+def _compute(x, expert_ids, combine_weights, *, gate, up, down, first, experts, adapters):
     """The sums of the experts that are here."""
     here = (expert_ids >= first) & (expert_ids < first + gate.shape[0])
     ids = jnp.where(here, expert_ids - first, gate.shape[0])
-    return expert_ffn(x, gate, up, down, ids, combine_weights, spread_over=experts)
+    return expert_ffn(x, gate, up, down, ids, combine_weights, adapters=adapters, spread_over=experts)
 
 
 def _place_along(axes: tuple[str, ...], sizes: dict[str, int]) -> Array | int:

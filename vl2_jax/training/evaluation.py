@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.weight_map import unflatten
 from vl2_jax.api import VL2
 from vl2_jax.errors import ConfigError
 from vl2_jax.inference.generate import matmul_precision
@@ -36,7 +35,7 @@ from vl2_jax.training.log import EVALUATED, EVALUATION_FILE, Log
 from vl2_jax.training.objective import losses
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import Recipe
-from vl2_jax.training.step import TrainState, model_variables, params_of
+from vl2_jax.training.step import TrainState, model_params
 
 SAMPLES = "samples"
 
@@ -123,7 +122,7 @@ class Evaluation:
         return loss
 
     def _sum_of_losses(self, trained: dict, kept: dict, batch: PackedBatch) -> tuple[Any, Any]:
-        params, adapters = model_variables(self._recipe, trained, kept)
+        params = model_params(self._recipe, trained, kept)
         targets = (batch.labels[:, 1:] != IGNORED).sum()
         with matmul_precision(self._model.dtype):
             found = losses(
@@ -132,12 +131,11 @@ class Evaluation:
                 batch,
                 chunk=self._recipe.objective.loss_chunk,
                 targets=jnp.float32(1.0),
-                adapters=adapters,
             )
         return found.next_token, targets
 
     def _ask(self, step: int, state: TrainState, tell: Callable[[str], None], check: Callable[[], None]) -> None:
-        params = unflatten(params_of(self._recipe, state))
+        params = model_params(self._recipe, state.trained, state.kept)
         vl2 = VL2(self._model.config, params, self._processor, self._model.dtype, layout=self._model.layout)
         turns = [messages for messages, _ in self._questions]
         check()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from convert.weight_map import flatten
 from vl2_jax.config import VL2Config
 from vl2_jax.model.vl2 import abstract_params
-from vl2_jax.training.lora import adapted_paths
+from vl2_jax.training.lora import adapted_paths, whole_paths
 from vl2_jax.training.optimizer import is_trained
 from vl2_jax.training.recipe import Recipe
 
@@ -78,10 +78,13 @@ def training_costs(config: VL2Config, recipe: Recipe) -> TrainingCosts:
     """
     paths = list(flatten(abstract_params(config)))
     if recipe.lora.rank:
-        trained = adapted_paths(recipe.lora, paths)
+        whole, adapted = whole_paths(recipe, paths), adapted_paths(recipe, paths)
     else:
-        trained = [path for path in paths if is_trained(path, recipe.optimizer.frozen)]
-    in_language, in_vision = (any(path.startswith(part) for path in trained) for part in ("language/", "vision/"))
-    passes = 3 if in_language and not recipe.lora.rank else 2
-    tile_passes = 1 if not in_vision else 2 if recipe.lora.rank else 3
+        whole, adapted = [path for path in paths if is_trained(path, recipe.optimizer.frozen)], []
+
+    def passes_of(part: str, untrained: int) -> int:
+        is_in = [any(path.startswith(part) for path in some) for some in (whole, adapted)]
+        return 3 if is_in[0] else 2 if is_in[1] else untrained
+
+    passes, tile_passes = passes_of("language/", 2), passes_of("vision/", 1)
     return TrainingCosts(costs_of(config), passes, tile_passes)

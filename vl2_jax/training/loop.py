@@ -18,9 +18,11 @@ from jax.sharding import Mesh
 
 from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
-from convert.weight_map import unflatten
+from convert.peft import read_adapters
+from convert.weight_map import plan, unflatten
 from vl2_jax.config import VL2Config, read_config
 from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.files import local_destination
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, init_params
 from vl2_jax.processing.batch import Processor
@@ -94,6 +96,7 @@ def train(
       ConfigError, CheckpointError, SampleError: see their messages.
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
+    folder = local_destination(folder, "a run")
     length = Length.of(recipe)
     is_begun = bool(Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell).steps())
     files = check_run(folder, recipe, is_begun, tell)  # before minutes are spent on weights
@@ -308,14 +311,25 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
       ConfigError, CheckpointError: see `described_model` and `load`.
       MeshError: a mesh that does not fit.
     """
-    from vl2_jax.api import load
+    from vl2_jax.api import load, names_of
 
     described = recipe.model
     _, param_dtype = dtype_of(described.dtype), dtype_of(described.param_dtype)  # before minutes are spent on weights
     small_files, config = described_model(recipe)
     layout = layout_of(mesh, config, recipe.holds_states)
+    adapters = None
     if described.path is not None:
-        vl2 = load(described.path, dtype=described.param_dtype, mesh=getattr(layout, "mesh", None), report=report)
+        if recipe.lora.rank and described.adapters is not None:
+            names = names_of(described.path, small_files, config)
+            adapters = read_adapters(described.adapters, plan(config), names)
+        vl2 = load(
+            described.path,
+            dtype=described.param_dtype,
+            mesh=getattr(layout, "mesh", None),
+            adapters=None if recipe.lora.rank else described.adapters,
+            merge=True,
+            report=report,
+        )
         processor, params = vl2.processor, vl2.params
     else:
         processor = Processor.from_directory(small_files, config)
@@ -324,7 +338,7 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
     pixels = {"pixel_mean": processor.config.image_mean, "pixel_std": processor.config.image_std}
     model = build_model(described, config, layout, **pixels)
     report("preparing the optimiser's states", 0, 0)
-    return Run(model, processor, recipe, init_state(recipe, params))
+    return Run(model, processor, recipe, init_state(recipe, params, adapters))
 
 
 def layout_of(mesh: str | Mesh | None, config: VL2Config, holds_states: bool) -> Layout:

@@ -12,40 +12,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from convert.adapters import Adapters, can_be_adapted
+from convert.adapters import Adapters, can_be_adapted, factor_shardings
 from convert.weight_map import unflatten
 from vl2_jax.errors import ConfigError
-from vl2_jax.training.recipe import LoraRecipe
+from vl2_jax.training.optimizer import check_patterns, is_trained
+from vl2_jax.training.recipe import LoraRecipe, Recipe
 
 
-def adapted_paths(recipe: LoraRecipe, paths: Iterable[str]) -> list[str]:
-    """The parameters that get adapters.
+def adapted_paths(recipe: Recipe, paths: Iterable[str]) -> list[str]:
+    """The parameters that get adapters: neither frozen nor trained whole.
 
     Raises:
       ConfigError: a pattern fits nothing that can have one.
     """
+    lora, paths = recipe.lora, list(paths)
     able = [path for path in paths if can_be_adapted(path)]
-    for pattern in recipe.targets:
+    for pattern in lora.targets:
         if not fnmatch.filter(able, pattern):
             raise ConfigError(f"lora.targets has {pattern!r}, which fits no linear layer; one is {able[-1]!r}.")
-    return [path for path in able if any(fnmatch.fnmatch(path, pattern) for pattern in recipe.targets)]
+    left_out = (*recipe.optimizer.frozen, *lora.whole)
+    targets = [path for path in able if any(fnmatch.fnmatch(path, pattern) for pattern in lora.targets)]
+    chosen = [path for path in targets if is_trained(path, left_out)]
+    if not chosen:
+        raise ConfigError("optimizer.frozen and lora.whole have all of lora.targets, which leaves no adapter to train.")
+    return chosen
 
 
-def abstract_adapters(recipe: LoraRecipe, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def whole_paths(recipe: Recipe, paths: Iterable[str]) -> list[str]:
+    """The parameters that are trained themselves beside adapters.
+
+    Raises:
+      ConfigError: a pattern fits nothing that is trained.
+    """
+    paths = list(paths)
+    check_patterns(paths, recipe.lora.whole, "lora.whole")
+    chosen = [path for path in paths if any(fnmatch.fnmatch(path, pattern) for pattern in recipe.lora.whole)]
+    return [path for path in chosen if is_trained(path, recipe.optimizer.frozen)]
+
+
+def abstract_adapters(recipe: Recipe, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of all factors, for parameters that have these."""
     factors: dict[str, jax.ShapeDtypeStruct] = {}
+    rank = recipe.lora.rank
     for path in adapted_paths(recipe, params):
         *stack, rows, columns = params[path].shape
-        factors[f"{path}/a"] = jax.ShapeDtypeStruct((*stack, rows, recipe.rank), jnp.float32)
-        factors[f"{path}/b"] = jax.ShapeDtypeStruct((*stack, recipe.rank, columns), jnp.float32)
-        if isinstance(sharding := params[path].sharding, NamedSharding):
-            *stacked, along_rows, along_columns = (*sharding.spec, *[None] * (len(stack) + 2))[: len(stack) + 2]
-            for name, spec in (("a", (*stacked, along_rows, None)), ("b", (*stacked, None, along_columns))):
-                laid = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-                factors[f"{path}/{name}"] = factors[f"{path}/{name}"].update(sharding=laid)
+        shapes = (*stack, rows, rank), (*stack, rank, columns)
+        places = factor_shardings(getattr(params[path], "sharding", None), len(params[path].shape))
+        for name, shape, place in zip("ab", shapes, places):
+            laid = place if isinstance(place, NamedSharding) else None
+            factors[f"{path}/{name}"] = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=laid)
     return factors
 
 
@@ -65,14 +84,41 @@ def init_adapters(abstract: Mapping[str, jax.ShapeDtypeStruct], seed: int) -> di
     return jax.jit(draw, out_shardings=None if None in shardings.values() else shardings)(jax.random.key(seed))
 
 
-def collection_of(recipe: LoraRecipe, factors: Mapping[str, Array]) -> dict[str, Any]:
+def begun_from(recipe: LoraRecipe, fresh: Mapping[str, Array], adapters: Adapters) -> dict[str, Array]:
+    """Fresh factors, with those of adapters in their place; a higher rank keeps its fresh rest, which changes nothing.
+
+    Raises:
+      ConfigError: the recipe has no room for some of them, which would be lost.
+    """
+    lost = [path for path in adapters.pairs if f"{path}/a" not in fresh]
+    if lost:
+        raise ConfigError(f"model.adapters has {lost[0]!r} ({len(lost)} in all), which lora.targets leave out.")
+    begun = dict(fresh)
+    for path, (a, b) in adapters.pairs.items():
+        rank = a.shape[-1]
+        if rank > recipe.rank:
+            raise ConfigError(f"model.adapters have rank {rank} at {path!r}, more than lora.rank {recipe.rank}.")
+        scale = np.float32(adapters.scales[path] / (recipe.alpha / recipe.rank))
+        begun[f"{path}/a"] = fresh[f"{path}/a"].at[..., :rank].set(a)
+        begun[f"{path}/b"] = fresh[f"{path}/b"].at[..., :rank, :].set(b * scale)
+    return begun
+
+
+def is_factor(path: str) -> bool:
+    """Whether what is trained under this name is a half of an adapter, and not a parameter."""
+    return path.endswith(("/a", "/b"))
+
+
+def collection_of(recipe: LoraRecipe, trained: Mapping[str, Array]) -> dict[str, Any]:
     """The model's collection of adapters: B is scaled, the rest is the module's (`layers.adapter_of`)."""
     scale = recipe.alpha / recipe.rank
+    factors = {path: leaf for path, leaf in trained.items() if is_factor(path)}
     return unflatten({path: leaf * scale if path.endswith("/b") else leaf for path, leaf in factors.items()})
 
 
-def adapters_of(recipe: LoraRecipe, factors: Mapping[str, Array]) -> Adapters:
-    """The factors as pairs, where they are."""
-    paths = [path.removesuffix("/a") for path in factors if path.endswith("/a")]
-    pairs = {path: (factors[f"{path}/a"], factors[f"{path}/b"]) for path in paths}
-    return Adapters(pairs, recipe.rank, recipe.alpha)
+def adapters_of(recipe: LoraRecipe, trained: Mapping[str, Any], base: str = "") -> Adapters:
+    """What is trained as pairs and whole parameters, where they are."""
+    paths = [path.removesuffix("/a") for path in trained if path.endswith("/a")]
+    pairs = {path: (trained[f"{path}/a"], trained[f"{path}/b"]) for path in paths}
+    whole = {path: leaf for path, leaf in trained.items() if not is_factor(path)}
+    return Adapters(pairs, dict.fromkeys(pairs, recipe.alpha / recipe.rank), whole, base)

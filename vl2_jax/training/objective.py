@@ -42,7 +42,6 @@ def next_token_loss(
     hidden: Float[Array, "B T D"],
     labels: Int[Array, "B T"],
     chunk: int,
-    adapters: Params | None = None,
 ) -> Float[Array, ""]:
     """Sum of the cross-entropies of each position's prediction against the next position's label, where there is one.
 
@@ -53,8 +52,9 @@ def next_token_loss(
     targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
     layer = vocabulary_layer(model.config.language_config, model.dtype, model.param_dtype, parent=None)
     head = {"params": params["language"]["lm_head"]}
-    if adapters is not None and "lm_head" in adapters.get("language", {}):
-        head[ADAPTERS] = adapters["language"]["lm_head"]
+    adapters = params.get(ADAPTERS, {}).get("language", {})
+    if "lm_head" in adapters:
+        head[ADAPTERS] = adapters["lm_head"]
 
     def of_rows(head: Any, hidden: Array, targets: Array) -> Float[Array, ""]:
         rows, length = targets.shape
@@ -92,7 +92,6 @@ def losses(
     chunk: int = 512,
     balance_weight: float | None = None,
     targets: Float[Array, ""] | None = None,
-    adapters: Params | None = None,
 ) -> Losses:
     """The objective of one batch, a `Batch` or a `PackedBatch`.
 
@@ -102,7 +101,6 @@ def losses(
       chunk: positions, over all rows of a device, whose logits are held at a time.
       balance_weight: of the balance loss; `None` is the model's `aux_loss_alpha`.
       targets: what the sum of cross-entropies is divided by; `None` is the number of targets in this batch.
-      adapters: see `vl2.apply`.
     """
     if isinstance(batch, PackedBatch):
         segments, positions = jnp.asarray(batch.segments), batch.positions
@@ -110,7 +108,7 @@ def losses(
         segments, positions = jnp.asarray(batch.attention_mask, jnp.int32), None
     labels = jnp.asarray(batch.labels)
     inputs = (batch.input_ids, segments, batch.visual_index, batch.tiles, positions)
-    out = apply(model, params, *inputs, method="hidden", adapters=adapters)
+    out = apply(model, params, *inputs, method="hidden")
     present = segments > 0
     if not count_padding:
         labels = jnp.where(jnp.pad(present[:, :-1], ((0, 0), (1, 0))), labels, IGNORED)
@@ -120,6 +118,6 @@ def losses(
     load = [expert_load(routing, config.n_routed_experts or 0, present) for routing in out.routings]
     if targets is None:
         targets = jnp.maximum((labels[:, 1:] != IGNORED).sum(), 1)
-    next_token = next_token_loss(model, params, out.hidden, labels, chunk, adapters) / targets
+    next_token = next_token_loss(model, params, out.hidden, labels, chunk) / targets
     stacked = jnp.stack(balance or [jnp.zeros(())])
     return Losses(next_token + stacked.sum(), next_token, stacked, jnp.stack(load or [jnp.zeros(1)]))

@@ -35,12 +35,12 @@ def is_trained(path: str, frozen: Iterable[str]) -> bool:
     return not path.endswith(CORRECTION_BIAS) and not any(fnmatch.fnmatch(path, p) for p in (_UNUSED, *frozen))
 
 
-def check_patterns(paths: Iterable[str], frozen: Iterable[str]) -> None:
-    """Raises ConfigError for a pattern that fits no parameter."""
+def check_patterns(paths: Iterable[str], patterns: Iterable[str], key: str = "optimizer.frozen") -> None:
+    """Raises ConfigError for a pattern that fits no parameter; `key` is where the patterns stand in the recipe."""
     paths = list(paths)
-    for pattern in frozen:
+    for pattern in patterns:
         if not any(fnmatch.fnmatch(path, pattern) for path in paths):
-            raise ConfigError(f"optimizer.frozen has {pattern!r}, which fits no parameter; one is {paths[0]!r}.")
+            raise ConfigError(f"{key} has {pattern!r}, which fits no parameter; one is {paths[0]!r}.")
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, total: float) -> float:

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 from vl2_jax.config import configs_directory
 from vl2_jax.errors import ConfigError, shown
+from vl2_jax.files import local_source
 from vl2_jax.scenes import SceneSizes
 
 _PLACE = Path("configs/training")  # of the recipes, in the project
@@ -41,6 +42,8 @@ class ModelRecipe:
       path: directory or hub id of a model to go on from; or
       preset: name of a size, whose weights are drawn at random.
       tokenizer: directory with the tokenizer and processor files of a preset.
+      adapters: directory of adapters in PEFT's layout, made for the model of `path`, to go on from; where `lora.rank`
+        is 0, they are merged first.
       dtype: of computation; param_dtype: of the weights that are trained.
       seed: of random weights.
       remat: compute layers again for gradients instead of keeping what is inside of them.
@@ -50,6 +53,7 @@ class ModelRecipe:
     path: str | None = None
     preset: str | None = None
     tokenizer: str | None = None
+    adapters: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     seed: int = 0
@@ -58,6 +62,8 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         _check("model", self, seed=_SEED)
+        if self.adapters is not None and self.path is None:
+            raise ConfigError("model.adapters needs model.path, the model that they were made for.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class SourceRecipe:
 
     def __post_init__(self) -> None:
         _check("a data source", self, scenes=0)
+        if self.path is not None:
+            local_source(self.path, "training data")
         if not 0 < self.weight < math.inf:
             raise ConfigError(f"weight of a data source is {self.weight}; expected a number above 0.")
         if self.images is not None and self.path is None:
@@ -152,7 +160,7 @@ class OptimizerRecipe:
         "warmup_stable_decay" (constant, then linear to `final_share` over the last `decay_share` of the steps).
       warmup: steps of linear warm-up.
       vision_multiplier: of the learning rate in the vision tower.
-      frozen: parts that stay as they are: patterns of parameter paths, such as "language/*".
+      frozen: parts that stay as they are, and get no adapters: patterns of parameter paths, such as "language/*".
       state_dtype: of both moments.
       accumulate: batches whose gradients are summed for one update.
     """
@@ -192,16 +200,20 @@ class LoraRecipe:
       rank: 0 trains the parameters.
       alpha: updates are scaled by alpha / rank.
       targets: patterns of the parameters that get one: any linear layer, those of all experts included.
+      whole: patterns of parameters that are trained themselves beside the adapters, such as "projector/*".
     """
 
     rank: int = 0
     alpha: float = 32.0
     targets: tuple[str, ...] = ("language/layers_*/self_attn/*_proj*",)
+    whole: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check("lora", self, rank=0, alpha=0)
         if self.rank and not self.targets:
             raise ConfigError("lora.targets is empty, which leaves nothing to train.")
+        if self.whole and not self.rank:
+            raise ConfigError("lora.whole is for training beside adapters; without lora.rank, use optimizer.frozen.")
 
 
 @dataclass(frozen=True)
@@ -261,8 +273,6 @@ class Recipe:
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
     def __post_init__(self) -> None:
-        if self.lora.rank and self.optimizer.frozen:
-            raise ConfigError("optimizer.frozen has no effect on adapters, which alone are trained; use lora.targets.")
         if self.loop.keep_best and not self.evaluation.sources:
             raise ConfigError("loop.keep_best needs evaluation.sources, by whose loss the best is known.")
 

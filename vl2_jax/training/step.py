@@ -1,7 +1,7 @@
 """One update: losses and gradients of a batch, AdamW, correction biases; a pure function of a state.
 
 Parameters that gradients change (`trained`) and those that they do not (`kept`) are apart, so that frozen parts cost
-neither gradients nor optimiser state. With low-rank adapters these alone are trained, and all parameters are kept.
+neither gradients nor optimiser state. With low-rank adapters, these and what `lora.whole` names are trained.
 """
 
 from __future__ import annotations
@@ -19,18 +19,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from convert.adapters import merge
+from convert.adapters import Adapters, merge
 from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
 from convert.weight_map import flatten, unflatten
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import ConfigError
 from vl2_jax.inference.generate import matmul_precision
-from vl2_jax.model.layers import Layout
+from vl2_jax.model.layers import ADAPTERS, Layout
 from vl2_jax.model.vl2 import Params, VL2Model
 from vl2_jax.processing.batch import IGNORED
 from vl2_jax.processing.tiling import FIRST_TOKEN_ROW
-from vl2_jax.training.lora import abstract_adapters, adapters_of, collection_of, init_adapters
+from vl2_jax.training.lora import (
+    abstract_adapters,
+    adapters_of,
+    begun_from,
+    collection_of,
+    init_adapters,
+    is_factor,
+    whole_paths,
+)
 from vl2_jax.training.objective import losses
 from vl2_jax.training.optimizer import check_patterns, is_trained, optimizer_of
 from vl2_jax.training.packing import PackedBatch
@@ -68,16 +76,25 @@ def build_model(recipe: ModelRecipe, config: VL2Config, layout: Layout, **pixels
     return VL2Model(config, *dtypes, layout=layout, remat=recipe.remat, scan=recipe.scan, **pixels)
 
 
-def init_state(recipe: Recipe, params: Params) -> TrainState:
+def init_state(recipe: Recipe, params: Params, adapters: Adapters | None = None) -> TrainState:
     """The state before the first update; optimiser states lie where their parameters do.
 
+    Args:
+      adapters: that a run with adapters goes on from.
+
     Raises:
-      ConfigError: a pattern of `optimizer.frozen` or `lora.targets` fits no parameter.
+      ConfigError: a pattern of `optimizer.frozen`, `lora.targets` or `lora.whole` fits no parameter, or the recipe has
+        no room for the adapters.
     """
     flat = flatten(params)
+    if adapters is not None:
+        if lost := adapters.whole.keys() - set(whole_paths(recipe, flat)):
+            raise ConfigError(f"model.adapters has {min(lost)!r} ({len(lost)} in all) whole, which lora.whole has not.")
+        flat = merge(flat, Adapters({}, {}, adapters.whole))
     trained, kept = _parts(recipe, flat)
     if recipe.lora.rank:
-        trained = init_adapters(trained, recipe.model.seed)
+        factors = init_adapters({path: leaf for path, leaf in trained.items() if is_factor(path)}, recipe.model.seed)
+        trained |= factors if adapters is None else begun_from(recipe.lora, factors, adapters)
     init = optimizer_of(recipe.optimizer).init
     if not isinstance(next(iter(flat.values())).sharding, NamedSharding):
         # Committed to its device as a restored state is, so that a run that goes on does not compile another program.
@@ -109,28 +126,28 @@ def shardings_of(state: TrainState) -> TrainState:
 
 def _parts(recipe: Recipe, params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is trained, and what is kept; adapters are described only."""
-    if recipe.lora.rank:
-        return dict(abstract_adapters(recipe.lora, params)), dict(params)
     check_patterns(params, recipe.optimizer.frozen)
+    if recipe.lora.rank:
+        whole = {path: params[path] for path in whole_paths(recipe, params)}
+        kept = {path: leaf for path, leaf in params.items() if path not in whole}
+        return {**abstract_adapters(recipe, params), **whole}, kept
     trained = {path: leaf for path, leaf in params.items() if is_trained(path, recipe.optimizer.frozen)}
     if not trained:
         raise ConfigError(f"optimizer.frozen is {list(recipe.optimizer.frozen)}, which leaves nothing to train.")
     return trained, {path: leaf for path, leaf in params.items() if path not in trained}
 
 
-def model_variables(
-    recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str, Array]
-) -> tuple[Params, Params | None]:
-    """What the model computes with: its parameters, and its adapters where these are what is trained."""
-    if recipe.lora.rank:
-        return unflatten(kept), collection_of(recipe.lora, trained)
-    return unflatten({**trained, **kept}), None
+def model_params(recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str, Array]) -> Params:
+    """What the model computes with: its parameters, and its adapters beside them where these are trained."""
+    params = unflatten({**kept, **{path: leaf for path, leaf in trained.items() if not is_factor(path)}})
+    return {**params, ADAPTERS: collection_of(recipe.lora, trained)} if recipe.lora.rank else params
 
 
 def params_of(recipe: Recipe, state: TrainState) -> dict[str, Array]:
     """The flat parameters of the trained model, adapters merged."""
     if recipe.lora.rank:
-        return merge(state.kept, adapters_of(recipe.lora, state.trained))
+        learned = adapters_of(recipe.lora, state.trained)
+        return merge({**state.kept, **learned.whole}, Adapters(learned.pairs, learned.scales))
     return {**state.trained, **state.kept}
 
 
@@ -145,7 +162,7 @@ def make_step(model: VL2Model, recipe: Recipe, like: TrainState | None = None) -
     optimizer, objective = optimizer_of(recipe.optimizer), recipe.objective
 
     def loss_of(trained: dict, kept: dict, batch: PackedBatch, targets: Array) -> tuple[Array, Any]:
-        params, adapters = model_variables(recipe, trained, kept)
+        params = model_params(recipe, trained, kept)
         with matmul_precision(model.dtype):
             found = losses(
                 model,
@@ -155,7 +172,6 @@ def make_step(model: VL2Model, recipe: Recipe, like: TrainState | None = None) -
                 chunk=objective.loss_chunk,
                 balance_weight=objective.balance_loss,
                 targets=targets,
-                adapters=adapters,
             )
         pieces = recipe.optimizer.accumulate
         return found.next_token + found.balance.sum() / pieces, (found.next_token, found.balance, found.load)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.expert_ffn import reference, xla
+from vl2_jax.ops.expert_ffn import adapted, reference, xla
+from vl2_jax.ops.expert_ffn.adapted import ExpertAdapters
 
 Implementation = Literal["xla", "pallas_tpu", "reference"]
 
@@ -25,6 +26,7 @@ def expert_ffn(
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
+    adapters: ExpertAdapters | None = None,
     spread_over: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N D"]:
@@ -41,6 +43,7 @@ def expert_ffn(
       expert_ids: the experts of each row, all different within a row; `E` is an expert that is not here and gives
         nothing.
       combine_weights: float32 weights of the experts' outputs.
+      adapters: low-rank factors beside gate, up and down: see `adapted`, which is then the implementation.
       spread_over: how many experts share the rows, those that are not here included; by default E. It chooses block
         sizes and changes no result.
       implementation: "pallas_tpu" is the kernel, "xla" a loop over blocks of rows, "reference" every expert on every
@@ -50,6 +53,8 @@ def expert_ffn(
     Returns:
       One row a token, in the dtype of `x`.
     """
+    if adapters is not None:
+        return adapted.expert_ffn(x, gate, up, down, expert_ids, combine_weights, adapters)
     if implementation == "reference":
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
     if implementation is None and not _kernel_supports(x, gate):
