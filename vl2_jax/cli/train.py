@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import tyro
 
 from vl2_jax.cli.flags import ONE_DEVICE, OnDevices, Place, Repeated, in_all_processes
-from vl2_jax.cli.terminal import tell
+from vl2_jax.cli.terminal import messages, tell
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.files import is_remote
 from vl2_jax.installation import install_line
+from vl2_jax.progress import Display
 
 
 @in_all_processes
@@ -41,7 +42,8 @@ def train(
     model = out / "model"
     if not is_remote(out) and model.exists() and not (out / loop.RECIPE_FILE).exists():
         raise ConfigError(f"{model} exists and is not of a run in {out}, which writes there; choose another --out.")
-    run = loop.train(read_recipe(recipe, set), out, tell, mesh=devices.mesh)
+    with Display(messages) as report:
+        run = loop.train(read_recipe(recipe, set), out, tell, mesh=devices.mesh, report=report)
     if jax.process_count() > 1:
         if run.is_complete:
             tell(f"vl2 export {out} DIRECTORY makes a model of it")
