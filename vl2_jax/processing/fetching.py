@@ -9,7 +9,7 @@ import urllib.request
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from vl2_jax.errors import ImageError, one_line, shown
 
@@ -54,11 +54,14 @@ def fetch(address: str, seconds: float = SECONDS, most_bytes: int = MOST_BYTES) 
 class _SameKind(urllib.request.HTTPRedirectHandler):
     """Follows to http and https only; what was asked for over https stays there."""
 
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        leads_to = urljoin(req.full_url, headers.get("Location", ""))
+        before, after = urlsplit(req.full_url).scheme, urlsplit(leads_to).scheme
         if after not in ("http", "https") or (before == "https" and after == "http"):
-            raise ImageError(f"{shown(req.full_url)} leads to {shown(newurl)}, which is not followed.")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+            raise ImageError(f"{shown(req.full_url)} leads to {shown(leads_to)}, which is not followed.")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _download(address: str, deadline: float, most_bytes: int) -> bytes:

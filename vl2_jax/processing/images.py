@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,10 @@ Picture = Any  # whatever `load_image` takes
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")  # and HEIC, with its package
 MAX_PIXELS = 100_000_000
+
+_DECODED_AT_ONCE = ("WEBP", "HEIF")  # plugins that list no tiles; once decoded, `fp` is no longer their file
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of a damaged file is not for the terminal
 
 
 def load_image(
@@ -72,7 +77,7 @@ class _Reading:
     max_pixels: int
     as_released: bool
 
-    def file(self, stream: IO[bytes], frame: int = 0, like: Image.Image | None = None) -> Image.Image:
+    def file(self, stream: IO[bytes], frame: int | None = None, like: Image.Image | None = None) -> Image.Image:
         """As it is; where that fails, without the metadata, which is not needed and often what is broken."""
         try:
             return self.finished(self._opened(stream, frame), like=like)
@@ -95,7 +100,7 @@ class _Reading:
         stream = getattr(image, "fp", None)
         if stream is not None:
             with contextlib.suppress(ImageError, ValueError, OSError), _unmoved(stream):
-                if getattr(image, "tile", None):
+                if getattr(image, "tile", None) or image.format in _DECODED_AT_ONCE:
                     return self.file(stream, image.tell(), like=image)
                 return self.finished(image)
         try:
@@ -128,8 +133,8 @@ class _Reading:
                 f"{self.max_pixels:,}; scale it down, or raise max_pixels if you trust its source."
             )
 
-    def _opened(self, stream: IO[bytes], frame: int) -> Image.Image:
-        """The picture of a file, with nothing decoded.
+    def _opened(self, stream: IO[bytes], frame: int | None) -> Image.Image:
+        """The picture of a file, with nothing decoded; without a frame, the one that it begins with.
 
         HEIC is read by `pillow-heif`'s class itself, so that Pillow's list of formats, which is the program's, stays.
         """
@@ -141,9 +146,10 @@ class _Reading:
                 plugin: Any = importlib.import_module("pillow_heif")
             except ImportError:
                 raise ImageError(f"{self.name} is HEIC; to read it: {install_line('heif')}") from None
-            return plugin.HeifImageFile(stream)
-        image = Image.open(stream, formats=FORMATS)
-        if frame:
+            image: Image.Image = plugin.HeifImageFile(stream)
+        else:
+            image = Image.open(stream, formats=FORMATS)
+        if frame is not None:
             image.seek(frame)
         return image
 
@@ -153,7 +159,7 @@ class _Reading:
         if not kind:
             return ImageError(f"{self.name} is not one of the accepted formats: {', '.join(FORMATS)}, HEIC.")
         if isinstance(error, UnidentifiedImageError):
-            return ImageError(f"{self.name} is a {kind} that is damaged or of a rare kind; save it again, as PNG.")
+            return ImageError(f"{self.name} is a damaged {kind} file, or one of a rare kind; save it again, as PNG.")
         return ImageError(f"{self.name} cannot be decoded ({one_line(error)}); the file is damaged or incomplete.")
 
 

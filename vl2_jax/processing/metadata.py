@@ -97,8 +97,11 @@ def without_metadata(data: bytes, kind: str) -> tuple[bytes, list[bytes]]:
         return _bare_webp(data)
     if kind == "TIFF":
         return _bare_tiff(data), []
-    if kind in ("AVIF", "HEIF"):  # offsets stay as they are: the item is only called something else
+    if kind in ("AVIF", "HEIF"):  # offsets stay: the item is only called something else
         return _ITEM_OF_EXIF.sub(rb"\1free", data), []
+    if kind == "JPEG2000":
+        header, begin, pixels = data.partition(b"jp2c")
+        return header.replace(b"res ", b"free") + begin + pixels, []
     return data, []
 
 
