@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     if name in _HELP_FLAGS or name.startswith(_COMPLETION):
         app = tyro.extras.SubcommandApp()
         for other, command in COMMANDS.items():
-            app.command(_deferred(command), name=other, help=(command.__doc__ or "").partition("\n\n")[0])
+            app.command(name=other, help=(command.__doc__ or "").partition("\n\n")[0])(_deferred(command))
         return app.cli(prog="vl2", description=_DESCRIPTION, args=arguments)
     if not name or name.startswith("-"):
         _refuse(f"give a command first: {', '.join(COMMANDS)}; `vl2 --help` says what they do.")
