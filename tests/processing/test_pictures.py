@@ -318,6 +318,13 @@ def test_an_orientation_may_stand_in_xmp():
     assert is_turned(load_image(saved(half_red(), format="JPEG", xmp=packet)))
 
 
+@pytest.mark.parametrize("name", ["exif", "APP1"])
+def test_an_orientation_may_stand_in_the_text_of_a_png(name):
+    info, block = PngImagePlugin.PngInfo(), exif(turned())
+    info.add_text(f"Raw profile type {name}", f"\n{name}\n{len(block):8}\n{block.hex()}\n", zip=True)
+    assert is_turned(load_image(saved(half_red(), format="PNG", pnginfo=info)))
+
+
 def test_an_orientation_a_program_has_set_is_taken():
     image = half_red()
     image.getexif()[0x0112] = 6
