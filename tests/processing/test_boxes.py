@@ -210,11 +210,10 @@ def test_a_picture_too_small_for_letters_gets_boxes_alone():
     assert drawn.getpixel((3, 3)) == (0, 0, 0)
 
 
-def test_hundreds_of_boxes_are_drawn():
-    boxes = [Box(f"person {n}", n % 300, n // 3, n % 300 + 60, n // 3 + 80) for n in range(600)]
-    labels = place_labels([b.label for b in boxes], [(b.x1, b.y1, b.x2, b.y2) for b in boxes], (640, 480))
+def test_hundreds_of_labels_find_a_place():
+    boxes = [(n % 300, n // 3, n % 300 + 60, n // 3 + 80) for n in range(240)]
+    labels = place_labels([f"person {n % 7}" for n in range(240)], boxes, (640, 480))
     assert sum(label is not None for label in labels) > 100
-    assert draw_boxes(Image.new("RGB", (640, 480)), boxes).size == (640, 480)
 
 
 def test_what_is_written_is_read():

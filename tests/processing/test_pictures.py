@@ -4,6 +4,7 @@ import io
 import struct
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,13 @@ def test_a_callers_picture_stays_as_it_was(kind):
     before = image.tell(), dict(image.info), image.mode, image.size, stream.tell()
     load_image(image)
     assert (image.tell(), dict(image.info), image.mode, image.size, stream.tell()) == before
+
+
+def test_threads_that_share_an_opened_picture_all_read_it():
+    image = Image.open(io.BytesIO(several("TIFF")))
+    image.seek(2)
+    with ThreadPoolExecutor(8) as pool:
+        assert {load.getpixel((8, 4)) for load in pool.map(lambda _: load_image(image), range(100))} == {(0, 0, 255)}
 
 
 def test_what_a_caller_drew_on_a_frame_is_read():
@@ -310,6 +318,13 @@ def test_an_orientation_may_stand_in_xmp():
     assert is_turned(load_image(saved(half_red(), format="JPEG", xmp=packet)))
 
 
+@pytest.mark.parametrize("name", ["exif", "APP1"])
+def test_an_orientation_may_stand_in_the_text_of_a_png(name):
+    info, block = PngImagePlugin.PngInfo(), exif(turned())
+    info.add_text(f"Raw profile type {name}", f"\n{name}\n{len(block):8}\n{block.hex()}\n", zip=True)
+    assert is_turned(load_image(saved(half_red(), format="PNG", pnginfo=info)))
+
+
 def test_an_orientation_a_program_has_set_is_taken():
     image = half_red()
     image.getexif()[0x0112] = 6
@@ -379,7 +394,10 @@ def test_broken_segments_of_a_jpeg_are_left_out(segment):
 def test_broken_chunks_of_a_png_are_left_out(chunk, comes):
     data = saved(half_red(), format="PNG", exif=exif(turned()))
     at = 33 if comes == "before the pixels" else data.index(b"IEND") - 4
-    assert is_turned(load_image(data[:at] + chunk + data[at:]))
+    data = data[:at] + chunk + data[at:]
+    assert is_turned(load_image(data))
+    if comes == "after them":  # Pillow opens it
+        assert is_turned(load_image(Image.open(io.BytesIO(data))))
 
 
 def test_text_of_a_bomb_is_left_out():
@@ -430,8 +448,6 @@ def test_pillows_warnings_do_not_leak():
 
 
 def test_reading_in_threads_leaves_the_programs_own_warnings_as_they_are():
-    from concurrent.futures import ThreadPoolExecutor
-
     data = saved(half_red(), format="JPEG", exif=BROKEN["an offset beyond the end"])
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:

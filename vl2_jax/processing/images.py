@@ -91,7 +91,7 @@ class _Reading:
             bare, dropped = without_metadata(data, format_of(data))
             if bare != data:
                 turn = next(filter(None, map(orientation_in, dropped)), None)
-                return self.finished(self._opened(io.BytesIO(bare), frame), turn, like)
+                return self.finished(self._opened(io.BytesIO(bare), frame), turn)
         raise self._unreadable(problem, format_of(data))
 
     def image(self, image: Image.Image) -> Image.Image:
@@ -99,7 +99,7 @@ class _Reading:
         self.check_size(image.size)
         stream = getattr(image, "fp", None)
         if stream is not None:
-            with contextlib.suppress(ImageError, ValueError, OSError), _unmoved(stream):
+            with contextlib.suppress(Exception), _one_at_a_time, _unmoved(stream):
                 if getattr(image, "tile", None) or image.format in _DECODED_AT_ONCE:
                     return self.file(stream, image.tell(), like=image)
                 return self.finished(image)
@@ -155,7 +155,9 @@ class _Reading:
 
     def _unreadable(self, error: Exception, kind: str) -> ImageError:
         if isinstance(error, Image.DecompressionBombError):
-            return ImageError(f"{self.name} is too large ({one_line(error)}); scale it down.")
+            return ImageError(
+                f"{self.name} is too large ({one_line(error)}); scale it down, or raise Image.MAX_IMAGE_PIXELS."
+            )
         if not kind:
             return ImageError(f"{self.name} is not one of the accepted formats: {', '.join(FORMATS)}, HEIC.")
         if isinstance(error, UnidentifiedImageError):
@@ -198,3 +200,4 @@ class _SilentPillow:
 
 
 _silent_pillow = _SilentPillow()
+_one_at_a_time = threading.Lock()  # pictures that callers have opened: threads may share one, and so its file

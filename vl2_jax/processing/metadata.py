@@ -35,7 +35,8 @@ def orientation_of(image: Image.Image) -> int:
     with contextlib.suppress(Exception):  # whatever a caller holds in `info`
         blocks += [block for key in ("exif", "xmp") if isinstance(block := image.info.get(key), bytes)]
         blocks += [str(image.info.get("XML:com.adobe.xmp", "")).encode("utf-8", "replace")]
-        blocks += [bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))]
+        profiles = [image.info.get(f"Raw profile type {name}", "") for name in ("exif", "APP1")]  # of ImageMagick
+        blocks += [bytes.fromhex("".join(profile.split("\n")[3:])) for profile in profiles]
     with contextlib.suppress(Exception):  # Pillow on EXIF that is broken
         found: Any = image.getexif().get(_ORIENTATION)
         if found in range(1, 9):
