@@ -20,7 +20,7 @@ from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
 from convert.weight_map import unflatten
 from vl2_jax.config import VL2Config, read_config
-from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.errors import ConfigError, VL2Error, shown
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, init_params
 from vl2_jax.processing.batch import Processor
@@ -95,6 +95,7 @@ def train(
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
     length = Length.of(recipe)
+    report("looking at the data", 0, 0)
     is_begun = bool(Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell).steps())
     files = check_run(folder, recipe, is_begun, tell)  # before minutes are spent on weights
     run = _begin(recipe, mesh, report)
@@ -102,8 +103,9 @@ def train(
     with layout.on_devices():
         _warn_of_lost_updates(run.state, tell)
         keep_recipe(folder, recipe, files)
-        devices = layout.mesh if isinstance(layout, MeshLayout) else None
-        return _Training(run, folder, tell, report, devices).to_end(length, until or math.inf)
+        training = _Training(run, folder, tell, report, layout.mesh if isinstance(layout, MeshLayout) else None)
+        del run  # and with it a state that a checkpoint's has taken the place of
+        return training.to_end(length, until or math.inf)
 
 
 class _Training:
@@ -124,7 +126,7 @@ class _Training:
         self.state = run.state
         self._go_on()
         self.step, self.place, self.read = int(self.state.step), self.stream.get_state(), self._read_by_all()[0]
-        self.saved = self.step
+        self.run, self.saved = dataclasses.replace(run, state=self.state), self.step
         self.unchecked: Metrics | None = None
         devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
         self.log = Log(folder, recipe, tell, run.model.config, devices, self.step)
@@ -254,12 +256,12 @@ class _Training:
         wanted = self.recipe.optimizer.accumulate
         try:
             parts = list(itertools.islice(self.stream, wanted))
-        except VL2Error:
-            raise
-        except Exception:
-            if interruption.comes_within(_SECONDS_OF_GROUP):  # what ends the run has ended a worker already
+        except RuntimeError as error:  # Grain's, of a process that has ended
+            if interruption.comes_within(_SECONDS_OF_GROUP):  # what ends the run has ended that process already
                 return None
-            raise
+            raise TrainingError(
+                f"a process that reads data has ended ({shown(str(error))}); if memory ran out, lower data.workers."
+            ) from error
         self.read, most = self._read_by_all(len(parts))
         if not most:
             return None
