@@ -121,7 +121,7 @@ class Interruption:
             if self._times and not end and self._save_at_rest():
                 end = time.monotonic() + _PATIENCE
             if end and self._save is not None and time.monotonic() > end:
-                self._end_process("stopped; the same command goes on from the step that is saved")
+                self._end_process("stopped; what there is to save is saved, and the same command goes on from there")
 
     def _save_at_rest(self) -> bool:
         """Saves, if the state is at rest, which it stays meanwhile."""
