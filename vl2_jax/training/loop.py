@@ -146,6 +146,7 @@ class _Training:
                 raise TrainingError(f"the data holds no sample that can be trained on ({left_out} were left out).")
             self._save()
             self.log.flush(self.step, self.stream.skipped)
+            self.report("saving", 0, 0)
             self.checkpoints.wait()
             if is_over and self.evaluation.is_missing(self.step):  # after the state is saved, whatever may happen
                 self._evaluate(interruption)
@@ -214,21 +215,25 @@ class _Training:
     def _evaluate(self, interruption: Interruption) -> None:
         """Interrupted, it is done again when the run goes on."""
         _check(self.unchecked, self.step)
+        begun = time.perf_counter()
         with interruption.at_rest(self._save_at_once):
             try:
                 loss = self.evaluation(self.step, self.state, self.tell, interruption.check, self.report)
             except Interrupted:
                 return
         self.report("", 0, 0)
+        self.log.leave_out(time.perf_counter() - begun)
         if self.recipe.loop.keep_best and loss < self.best:
             self.best, self.checkpoints.best = loss, self.step
             self._save()
 
     def _save(self) -> None:
         if self.saved != self.step:
+            self.report("saving", 0, 0)
             _check(self.unchecked, self.step, self.state)
             self.checkpoints.save(self.step, _changing(self.recipe, self.state), {"data": self.place})
             self.saved = self.step
+            self.report("", 0, 0)
 
     def _save_at_once(self) -> None:
         self._save()
@@ -239,7 +244,9 @@ class _Training:
         begun = time.perf_counter()
         step = make_step(self.run.model, self.recipe, None if self.mesh is None else self.state)
         compiled = step.lower(self.state, self._lay_out(batch), np.float32(0)).compile()
-        self.tell(f"compiled the update in {time.perf_counter() - begun:.0f} s")
+        seconds = time.perf_counter() - begun
+        self.log.leave_out(seconds)
+        self.tell(f"compiled the update in {seconds:.0f} s")
         self.report("", 0, 0)
         return compiled
 
