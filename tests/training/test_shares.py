@@ -1,7 +1,5 @@
 """Samples are shared out so that however often the number of processes changes, none is lost and none is read twice."""
 
-import itertools
-
 import grain
 import pytest
 from hypothesis import given, settings
@@ -42,8 +40,9 @@ def test_a_longer_order_begins_with_the_same_shares():
     assert all(list(a) == list(b)[: len(a)] for a, b in zip(short, long))
 
 
-def test_every_process_sees_the_whole_of_an_order_that_repeats_itself():
-    for count, period in itertools.product((2, 4), (2, 4)):
-        for share in shares_of(1200, Rest(), count):
-            places = [place % period for place in share]
-            assert all(abs(places.count(p) / len(places) - 1 / period) < 0.06 for p in range(period))
+@pytest.mark.parametrize(("count", "period"), [(2, 2), (4, 2), (2, 4)])
+def test_every_process_sees_the_whole_of_an_order_that_repeats_itself(count, period):
+    for share in shares_of(800, Rest(), count):
+        places = [place % period for place in share]
+        # Drawn by lot, 200 or 400 of them: four deviations. Dealt in turn, a process would see half of the places.
+        assert all(abs(places.count(p) / len(places) - 1 / period) < 0.13 for p in range(period))

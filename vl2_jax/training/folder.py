@@ -97,8 +97,8 @@ def _check_recipe(folder: Path, new: dict[str, Any], tell: Callable[[str], None]
         return
     old = _as_json(build_recipe(json.loads(path.read_text(encoding="utf-8"))))  # with keys that are newer than the run
     tables = [table for table in new if table not in ("loop", "evaluation")]
-    changed = {f"{t}.{key}" for t in tables for key in new[t] if old.get(t, {}).get(key) != new[t][key]}
-    passes = [data.get("epochs") for data in (old.get("data", {}), new["data"])]
+    changed = {f"{t}.{key}" for t in tables for key in new[t] if old[t][key] != new[t][key]}
+    passes = [old["data"]["epochs"], new["data"]["epochs"]]
     same_order = len(new["data"]["sources"]) == 1 or None not in passes
     refused = changed - _MAY_CHANGE - ({"data.epochs"} if same_order else set())
     if refused:

@@ -42,7 +42,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self.came = 0
-        self._asked = 0
+        self._asked = self._times = 0
         self._save: Callable[[], None] | None = None
         self._saving = threading.Lock()
         self._old: dict[int, Any] = {}
@@ -98,28 +98,30 @@ class Interruption:
             with self._saving:
                 self._save = None
 
-    def _note(self, number: int, _: object) -> None:
+    def _note(self, number: int, frame: object) -> None:
         self.came = number
         signal.signal(number, self._old[number])
+        if self._times > 1 and callable(self._old[number]):  # the second came while this thread was busy
+            self._old[number](number, frame)
 
     def _watch(self) -> None:
-        count, end = 0, 0.0
+        end = 0.0
         while True:
             if select.select([self._read], [], [], 0.1 if end else None)[0]:
                 told = self._read.recv(1)
                 if not told:
                     return
                 if (number := told[0]) in self._old:
-                    count += 1
-                    if count == 1:
+                    self._times += 1
+                    if self._times == 1:
                         self.came = number
                         os.write(2, b"stopping after this step; the same signal again stops at once\n")
                     else:
                         self._end_process("stopped at once")
-            if count and not end and self._save_at_rest():
+            if self._times and not end and self._save_at_rest():
                 end = time.monotonic() + _PATIENCE
             if end and self._save is not None and time.monotonic() > end:
-                self._end_process("stopped; the same command goes on from the step that is saved")
+                self._end_process("stopped; what there is to save is saved, and the same command goes on from there")
 
     def _save_at_rest(self) -> bool:
         """Saves, if the state is at rest, which it stays meanwhile."""

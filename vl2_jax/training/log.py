@@ -89,6 +89,10 @@ class Log:
             if step % self._loop.log_every == 0:
                 self.flush(step, skipped)
 
+    def leave_out(self, seconds: float) -> None:
+        """Time in which nothing was trained: no step took it."""
+        self._begun += seconds
+
     def flush(self, step: int, skipped: int) -> None:
         """A row of the updates since the last one, if there are any: a run may end between two."""
         if not self._held:

@@ -21,7 +21,7 @@ from convert.from_torch import CORRECTION_BIAS
 from convert.peft import read_adapters
 from convert.weight_map import plan, unflatten
 from vl2_jax.config import VL2Config, read_config
-from vl2_jax.errors import ConfigError, VL2Error
+from vl2_jax.errors import ConfigError, VL2Error, shown
 from vl2_jax.files import local_destination
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, init_params
@@ -98,6 +98,7 @@ def train(
     """
     folder = local_destination(folder, "a run")
     length = Length.of(recipe)
+    report("looking at the data", 0, 0)
     is_begun = bool(Checkpoints(folder / CHECKPOINTS, recipe.loop.keep, tell).steps())
     files = check_run(folder, recipe, is_begun, tell)  # before minutes are spent on weights
     run = _begin(recipe, mesh, report)
@@ -105,8 +106,9 @@ def train(
     with layout.on_devices():
         _warn_of_lost_updates(run.state, tell)
         keep_recipe(folder, recipe, files)
-        devices = layout.mesh if isinstance(layout, MeshLayout) else None
-        return _Training(run, folder, tell, report, devices).to_end(length, until or math.inf)
+        training = _Training(run, folder, tell, report, layout.mesh if isinstance(layout, MeshLayout) else None)
+        del run  # and with it a state that a checkpoint's has taken the place of
+        return training.to_end(length, until or math.inf)
 
 
 class _Training:
@@ -127,7 +129,7 @@ class _Training:
         self.state = run.state
         self._go_on()
         self.step, self.place, self.read = int(self.state.step), self.stream.get_state(), self._read_by_all()[0]
-        self.saved = self.step
+        self.run, self.saved = dataclasses.replace(run, state=self.state), self.step
         self.unchecked: Metrics | None = None
         devices = list(jax.devices()[:1]) if mesh is None else list(mesh.devices.flat)
         self.log = Log(folder, recipe, tell, run.model.config, devices, self.step)
@@ -147,6 +149,7 @@ class _Training:
                 raise TrainingError(f"the data holds no sample that can be trained on ({left_out} were left out).")
             self._save()
             self.log.flush(self.step, self.stream.skipped)
+            self.report("saving", 0, 0)
             self.checkpoints.wait()
             if is_over and self.evaluation.is_missing(self.step):  # after the state is saved, whatever may happen
                 self._evaluate(interruption)
@@ -215,21 +218,25 @@ class _Training:
     def _evaluate(self, interruption: Interruption) -> None:
         """Interrupted, it is done again when the run goes on."""
         _check(self.unchecked, self.step)
+        begun = time.perf_counter()
         with interruption.at_rest(self._save_at_once):
             try:
                 loss = self.evaluation(self.step, self.state, self.tell, interruption.check, self.report)
             except Interrupted:
                 return
         self.report("", 0, 0)
+        self.log.leave_out(time.perf_counter() - begun)
         if self.recipe.loop.keep_best and loss < self.best:
             self.best, self.checkpoints.best = loss, self.step
             self._save()
 
     def _save(self) -> None:
         if self.saved != self.step:
+            self.report("saving", 0, 0)
             _check(self.unchecked, self.step, self.state)
             self.checkpoints.save(self.step, _changing(self.recipe, self.state), {"data": self.place})
             self.saved = self.step
+            self.report("", 0, 0)
 
     def _save_at_once(self) -> None:
         self._save()
@@ -240,7 +247,9 @@ class _Training:
         begun = time.perf_counter()
         step = make_step(self.run.model, self.recipe, None if self.mesh is None else self.state)
         compiled = step.lower(self.state, self._lay_out(batch), np.float32(0)).compile()
-        self.tell(f"compiled the update in {time.perf_counter() - begun:.0f} s")
+        seconds = time.perf_counter() - begun
+        self.log.leave_out(seconds)
+        self.tell(f"compiled the update in {seconds:.0f} s")
         self.report("", 0, 0)
         return compiled
 
@@ -257,12 +266,12 @@ class _Training:
         wanted = self.recipe.optimizer.accumulate
         try:
             parts = list(itertools.islice(self.stream, wanted))
-        except VL2Error:
-            raise
-        except Exception:
-            if interruption.comes_within(_SECONDS_OF_GROUP):  # what ends the run has ended a worker already
+        except RuntimeError as error:  # Grain's, of a process that has ended
+            if interruption.comes_within(_SECONDS_OF_GROUP):  # what ends the run has ended that process already
                 return None
-            raise
+            raise TrainingError(
+                f"a process that reads data has ended ({shown(str(error))}); if memory ran out, lower data.workers."
+            ) from error
         self.read, most = self._read_by_all(len(parts))
         if not most:
             return None
