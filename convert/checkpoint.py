@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import xxhash
 
-from convert.safetensors_files import SUFFIX, header_size, weight_files
+from convert.safetensors_files import SUFFIX, has_weights, header_size
 from convert.weight_map import Leaf, unflatten
 from vl2_jax.errors import CheckpointError
 from vl2_jax.files import is_remote, size_of
@@ -36,7 +36,7 @@ def is_converted(directory: Path) -> bool:
     """Whether this is (what is left of) a converted checkpoint; an exported one has a manifest too, and its weights."""
     if (directory / PARAMS_FOLDER).is_dir():
         return True
-    return (directory / MANIFEST_FILE).is_file() and not weight_files(directory)
+    return (directory / MANIFEST_FILE).is_file() and not has_weights(directory)
 
 
 def pieces(leaves: Iterable[Leaf]) -> list[list[Leaf]]:

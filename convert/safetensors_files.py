@@ -55,6 +55,11 @@ class TensorEntry:
         return read_range(self.file, self.offset, self.size).view(self.dtype).reshape(self.shape)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether there is any file that may hold a model's weights."""
+    return any(not _NOT_THE_MODEL.fullmatch(path.name) for path in directory.glob(f"*{SUFFIX}"))
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold a model's weights, of all that are in its directory.
 

@@ -26,7 +26,7 @@ from convert.safetensors_files import INDEX_FILE, SINGLE_FILE, layout_file, read
 from convert.weight_map import Leaf, plan
 from vl2_jax.config import read_config
 from vl2_jax.errors import CheckpointError, VL2Warning
-from vl2_jax.files import local_destination
+from vl2_jax.files import local_destination, local_source
 from vl2_jax.progress import Report, silent
 
 _LARGEST_FILE = 8 * 2**30
@@ -40,6 +40,7 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
     Raises:
       CheckpointError: the source is not a converted checkpoint or was damaged, or the destination exists.
     """
+    source = local_source(source, "a converted checkpoint")
     destination = local_destination(destination, "the exported model")
     if not is_converted(source):
         raise CheckpointError(f"{source} is not a converted checkpoint; `vl2 convert` makes one.")

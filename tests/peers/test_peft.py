@@ -1,9 +1,11 @@
 """PEFT reads the adapters that are written here, and adds the same products; what PEFT writes is read here."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from convert.adapters import merge
 from convert.peft import read_adapters, write_adapters
@@ -63,3 +65,40 @@ def test_peft_merges_the_same_weights(tmp_path):
     }
     for name in changed:
         np.testing.assert_allclose(theirs[name].detach().numpy(), ours[name].numpy(), atol=1e-6)
+
+
+def test_peft_takes_whole_parts_from_where_they_are_written(tmp_path):
+    config = VL2Config.preset("vl2-nano")
+    params = flatten(init_params(config, jax.random.key(0)))
+    recipe = LoraRecipe(rank=4, alpha=8.0, targets=("language/layers_*/self_attn/*_proj*",))
+    factors = init_adapters(abstract_adapters(Recipe(lora=recipe), params), seed=1)
+    head = "language/lm_head/kernel"
+    adapters = dataclasses.replace(adapters_of(recipe, factors), whole={head: np.asarray(params[head]) + 1})
+    write_adapters(tmp_path / "adapters", adapters, plan(config), "vl2-nano")
+    model = PeftModel.from_pretrained(modules_named(released_tensors(config, params)), str(tmp_path / "adapters"))
+    theirs = dict(model.merge_and_unload().named_parameters())["language.lm_head.weight"]
+    np.testing.assert_array_equal(theirs.detach().numpy(), adapters.whole[head].T)
+
+
+def test_scales_and_patterns_are_read_as_peft_means_them(tmp_path):
+    config = VL2Config.preset("vl2-nano")
+    params = flatten(init_params(config, jax.random.key(0)))
+    base = released_tensors(config, params)
+    described = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=r"language\.model\.layers\.\d+\..*(q_proj|o_proj|up_proj)",
+        rank_pattern={r"self_attn\.q_proj": 2, r"experts\.[02]\.up_proj": 3},
+        alpha_pattern={r"layers\.1\..*o_proj": 12, "up_proj": 3},
+        modules_to_save=["lm_head"],
+    )
+    model = get_peft_model(modules_named(base), described)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = released_tensors(config, merge(params, read_adapters(tmp_path / "theirs", plan(config))))
+    for name, tensor in model.merge_and_unload().named_parameters():
+        np.testing.assert_allclose(ours[name].numpy(), tensor.detach().numpy(), atol=1e-6, err_msg=name)

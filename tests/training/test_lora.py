@@ -1,6 +1,7 @@
 """Low-rank adapters: the same gradients as multiplied-out ones, PEFT's files, a merged export."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from tests.conftest import GOLDENS
 from vl2_jax.config import read_config
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.model.layers import ADAPTERS
+from vl2_jax.model.vl2 import apply
 from vl2_jax.training.data import batches
 from vl2_jax.training.export import export_run
 from vl2_jax.training.loop import train
@@ -104,6 +106,90 @@ def test_a_run_trains_adapters_alone_and_exports_them_merged_and_apart(recipe, t
     assert np.abs(merged - vl2.logits(batch)).max() > 1e-3
     on_mesh = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=tmp_path / "adapters", mesh="expert=8")
     np.testing.assert_allclose(on_mesh.logits(batch), merged, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def small_updates(tmp_path_factory, vl2):
+    """Adapters everywhere, each product less than half a step of bfloat16 weights of ordinary size."""
+    flat = flatten(vl2.params)
+    drawn = init_adapters(abstract_adapters(Recipe(lora=LoraRecipe(4, 8.0, EVERYWHERE)), flat), 1)
+    random = np.random.default_rng(3)
+
+    def small(path, leaf):
+        return jnp.asarray(4e-4 * random.standard_normal(leaf.shape, np.float32)) if path.endswith("/b") else leaf
+
+    factors = {path: small(path, leaf) for path, leaf in drawn.items()}
+    directory = tmp_path_factory.mktemp("small") / "adapters"
+    write_adapters(directory, adapters_of(LoraRecipe(4, 8.0, EVERYWHERE), factors), plan(vl2.config), "nano-base")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def question(vl2):
+    picture = GOLDENS / "images" / "tiny.png"
+    asked = {"role": "user", "content": "<image>\nAnd this?", "images": [picture]}
+    return [asked, {"role": "assistant", "content": ""}]
+
+
+@pytest.fixture(scope="module")
+def beside(small_updates):
+    return vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=small_updates, merge=False)
+
+
+def test_adapters_beside_the_weights_of_a_mesh_are_adapters_merged(small_updates, vl2, question):
+    batch = vl2.processor(question)
+    merged = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=small_updates).logits(batch)
+    spread = vl2_jax.load(
+        GOLDENS / "nano-base", dtype="float32", adapters=small_updates, merge=False, mesh="expert=4,tensor=2"
+    )
+    # float32 sums in another order, through all layers.
+    np.testing.assert_allclose(spread.logits(batch), merged, atol=1e-4)
+    assert np.abs(merged - vl2.logits(batch)).max() > 20 * 1e-4
+
+
+def test_updates_below_a_step_of_bfloat16_are_kept_beside_and_lost_merged(small_updates, vl2, question):
+    """In float32 arithmetic, so that only what happens to the weights differs."""
+    batch, model = vl2.processor(question), vl2.model
+    load = partial(vl2_jax.load, GOLDENS / "nano-base", dtype="bfloat16")
+    params = {
+        "base": load().params,
+        "merged": load(adapters=small_updates, merge=True).params,
+        "beside": load(adapters=small_updates).params,  # what is chosen for bfloat16
+    }
+    narrow = flatten(params["base"])
+    wide = {path: jnp.asarray(array, jnp.float32) for path, array in narrow.items()}
+    exact = unflatten(merge(wide, read_adapters(small_updates, plan(vl2.config))))
+    segments = batch.attention_mask.astype(np.int32)
+
+    @jax.jit
+    def logits(params):
+        return apply(model, params, batch.input_ids, segments, batch.visual_index, batch.tiles).logits
+
+    expected, base = logits(exact), logits(params["base"])
+    moved = float(jnp.abs(expected - base).max())
+    errors = {kind: float(jnp.abs(logits(params[kind]) - expected).max()) / moved for kind in ("merged", "beside")}
+    assert errors["beside"] < 1e-3
+    assert errors["merged"] > 0.2
+
+
+def test_both_forms_of_latent_attention_have_the_same_adapters(beside, question):
+    batch = beside.processor(question)
+    segments = batch.attention_mask.astype(np.int32)
+
+    @partial(jax.jit, static_argnums=0)
+    def hidden(form):
+        inputs = (batch.input_ids, segments, None, None, None, form)
+        return apply(beside.model, beside.params, *inputs, method="hidden").hidden
+
+    expanded, absorbed = hidden(False), hidden(True)
+    np.testing.assert_allclose(absorbed, expanded, atol=1e-4)
+
+
+def test_a_model_with_adapters_beside_it_answers(beside, question):
+    (answer,) = beside.generate([question], max_tokens=2, ignore_eos=True)
+    first = jax.nn.log_softmax(beside.logits(beside.processor(question))[0, -1])
+    assert answer.token_ids[0] == int(first.argmax())
+    np.testing.assert_allclose(answer.logprobs[0], first.max(), atol=1e-4)
 
 
 def test_adapters_come_back_from_disk(vl2, factors, tmp_path):

@@ -89,7 +89,7 @@ def init_state(recipe: Recipe, params: Params, adapters: Adapters | None = None)
     flat = flatten(params)
     if adapters is not None:
         if lost := adapters.whole.keys() - set(whole_paths(recipe, flat)):
-            raise ConfigError(f"model.adapters has {min(lost)!r} ({len(lost)} in all) whole, which lora.whole has not.")
+            raise ConfigError(f"model.adapters has {min(lost)!r} and others whole, which lora.whole leaves out.")
         flat = merge(flat, Adapters({}, {}, adapters.whole))
     trained, kept = _parts(recipe, flat)
     if recipe.lora.rank:
