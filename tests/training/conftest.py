@@ -1,20 +1,11 @@
 """A small data set of real pictures, and a recipe that trains a recorded model on it in seconds."""
 
 import json
-import os
-import tempfile
-from pathlib import Path
 
-import jax
 import pytest
 
 from tests.conftest import GOLDENS
 from vl2_jax.training.recipe import read_recipe
-
-# One update is compiled once and not by every test, worker and process that takes it; entries are named by the program.
-COMPILED = Path(tempfile.gettempdir()) / f"vl2-jax-compiled-{os.getuid()}"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED)
-jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 
 PICTURES = ("square.png", "tall.png", "medium.png", "grey.png", "tiny.png")
 ANSWERS = ("a square", "a tower", "two things", "grey", "nearly nothing", "no picture at all")

@@ -45,7 +45,7 @@ def verify(
     else:
         for name, check in largest.items():
             mark = "ok    " if check.passed else "FAILED"
-            print(f"{mark} {name:60} {check.error:9.2e} of {check.tolerance:.0e}  ({check.case})")
+            print(f"{mark} {name:60} {check.error:9.2e} of {check.tolerance:.0e}  ({check.case}; {check.measured})")
     if failed:
         names = ", ".join(check.quantity for check in failed)
         raise VerificationError(f"{len(failed)} quantities differ from the recorded ones: {names}")

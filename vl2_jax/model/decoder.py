@@ -107,6 +107,12 @@ class Decoder(nn.Module):
         updated = None if cache is None else tuple(new_cache)
         return DecoderOutput(self.norm(x), updated, tuple(routings))  # type: ignore[arg-type]
 
+    def layer_alone(
+        self, number: int, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        placement = Placement(positions, _causal_mask(positions, segments), rotary_tables(self.config, positions))
+        return self.layers[number](x, placement, None, None)[0]
+
     def _loop(self, x: Array, placement: Placement, layers: range) -> tuple[Array, Routing]:
         """Mixture-of-experts layers as one loop; their routings are stacked."""
         layer = DecoderLayer(self.config, True, self.dtype, self.param_dtype, self.layout, parent=None)

@@ -9,6 +9,7 @@ B batch, T positions, I tiles, S pixels along a tile's side, M tokens of a tile,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -96,6 +97,17 @@ class VL2Model(nn.Module):
         """See `Decoder.__call__`."""
         return self.language(x, positions, segments, cache, absorbed, packed)
 
+    def decoder_layer(
+        self, number: int, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """One layer of the decoder on given rows, without a cache: for comparing it alone."""
+        return self.language.layer_alone(number, x, positions, segments)
+
+    def end(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Float[Array, "B T V"]]:
+        """The last norm and the logits of given rows of the last layer."""
+        hidden = self.language.norm(x)
+        return hidden, self.logits(hidden)
+
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return self.language.logits(hidden)
 
@@ -158,8 +170,9 @@ def divided_by_255(x: Float[Array, ...]) -> Float[Array, ...]:
     return x * leading + x * (1 / 255 - leading)
 
 
+@cache
 def abstract_boxed_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Any:
-    """Shape, dtype and logical axes of every parameter, at no memory cost."""
+    """Shape, dtype and logical axes of every parameter, at no memory cost; traced once for a configuration."""
     model = VL2Model(config, param_dtype, param_dtype)
     size = config.vision_config.image_size
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
