@@ -9,6 +9,7 @@ B batch, T positions, I tiles, S pixels along a tile's side, M tokens of a tile,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -157,8 +158,9 @@ def divided_by_255(x: Float[Array, ...]) -> Float[Array, ...]:
     return x * leading + x * (1 / 255 - leading)
 
 
+@cache
 def abstract_boxed_params(config: VL2Config, param_dtype: Dtype = jnp.bfloat16) -> Any:
-    """Shape, dtype and logical axes of every parameter, at no memory cost."""
+    """Shape, dtype and logical axes of every parameter, at no memory cost; traced once for a configuration."""
     model = VL2Model(config, param_dtype, param_dtype)
     size = config.vision_config.image_size
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
