@@ -1,14 +1,47 @@
-"""A small data set of real pictures, and a recipe that trains a recorded model on it in seconds."""
+"""A small data set of real pictures, and a recipe that trains a small model on it in seconds."""
 
+import functools
 import json
+import re
+import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDENS
+from vl2_jax.training import loop
 from vl2_jax.training.recipe import read_recipe
 
 PICTURES = ("square.png", "tall.png", "medium.png", "grey.png", "tiny.png")
 ANSWERS = ("a square", "a tower", "two things", "grey", "nearly nothing", "no picture at all")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _an_update_is_traced_once():
+    """Runs of equal recipes share their jitted update: tracing it takes as long as a whole run of these."""
+    made = functools.cache(loop.make_step)
+
+    def make_step(model, recipe, like=None):
+        return made(model, recipe) if like is None else made.__wrapped__(model, recipe, like)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make_step)
+        yield
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory):
+    """nano-base with its first two layers, one dense and one of experts, and one block of its vision tower."""
+    source, folder = GOLDENS / "nano-base", tmp_path_factory.mktemp("models") / "small"
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("cases", "*.safetensors"))
+    config = json.loads((source / "config.json").read_text())
+    config["language_config"]["num_hidden_layers"], config["vision_config"]["layers"] = 2, 1
+    (folder / "config.json").write_text(json.dumps(config))
+    left_out = re.compile(r"language\.model\.layers\.[23]\.|vision\.blocks\.[12]\.")
+    tensors = load_file(source / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if not left_out.match(name)}
+    save_file(kept, folder / "model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -29,18 +62,17 @@ def data_file(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def recipe_file(tmp_path, data_file):
-    def write(model="nano-base"):
-        path = tmp_path / "recipe.toml"
+@pytest.fixture(scope="session")
+def write_recipe(data_file, small_model):
+    def write(path, model=small_model):
         path.write_text(
             f"""
             [model]
-            path = "{GOLDENS / model}"
+            path = "{model}"
             scan = true
             [data]
             sources = [{{ path = "{data_file}" }}]
-            sequence_length = 512
+            sequence_length = 256
             rows = 2
             tiles = 24
             workers = 0
@@ -62,8 +94,13 @@ def recipe_file(tmp_path, data_file):
 
 
 @pytest.fixture
+def recipe_file(tmp_path, write_recipe):
+    return functools.partial(write_recipe, tmp_path / "recipe.toml")
+
+
+@pytest.fixture
 def recipe(recipe_file):
-    def read(*changes, model="nano-base"):
-        return read_recipe(recipe_file(model), changes)
+    def read(*changes, **choices):
+        return read_recipe(recipe_file(**choices), changes)
 
     return read

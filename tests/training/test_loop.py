@@ -53,19 +53,10 @@ def leaves(state):
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, data_file):
+def whole_run(tmp_path_factory, write_recipe):
     """Eight steps without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    path = folder / "recipe.toml"
-    path.write_text(
-        f"""
-        model = {{ path = "{GOLDENS / "nano-base"}", scan = true }}
-        data = {{ sources = [{{ path = "{data_file}" }}], sequence_length = 512, rows = 2, tiles = 24, workers = 0 }}
-        objective.bias_step = 0.001
-        optimizer = {{ learning_rate = 1e-3, schedule = "cosine", warmup = 2 }}
-        loop = {{ steps = 8, log_every = 1, checkpoint_every = 3 }}
-        """
-    )
+    path = write_recipe(folder / "recipe.toml")
     return path, folder / "run", train(read_recipe(path), folder / "run", silent)
 
 
@@ -81,11 +72,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole_run, tmp_path):
         np.testing.assert_array_equal(leaves(again.state)[name], array)
 
 
-def test_losses_fall_and_only_trained_parameters_change(whole_run):
+def test_losses_fall_and_only_trained_parameters_change(whole_run, small_model):
     _, folder, run = whole_run
     losses = losses_in(folder)
     assert losses[8] < 0.7 * losses[1]
-    before = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+    before = vl2_jax.load(small_model, dtype="float32")
     changed = {name for name, array in flatten(before.params).items() if (leaves(run.state)[name] != array).any()}
     assert not {name for name in changed if name.startswith("vision/attn_pool/")}
     assert {name for name in changed if name.endswith("correction_bias")}
@@ -289,9 +280,9 @@ def test_what_is_not_a_number_ends_the_run_and_is_not_saved(recipe, tmp_path, vi
         json.loads(line, parse_constant=pytest.fail)
 
 
-def test_a_step_that_is_not_a_number_changes_nothing(recipe):
+def test_a_step_that_is_not_a_number_changes_nothing(recipe, small_model):
     described = recipe("optimizer.warmup=0")
-    vl2 = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+    vl2 = vl2_jax.load(small_model, dtype="float32")
     batch = next(iter(batches(described.data, vl2.processor)))
     state = init_state(described, vl2.params)
     state.trained["language/norm/scale"] = state.trained["language/norm/scale"].at[0].set(jnp.nan)
@@ -339,10 +330,10 @@ def test_another_recipe_is_refused(whole_run, recipe, change):
         train(recipe(change), folder, silent)
 
 
-def test_accumulated_batches_equal_one_large_one(recipe):
+def test_accumulated_batches_equal_one_large_one(recipe, small_model):
     """Two halves of one batch, each with the whole table of tiles, move the parameters as the batch itself does."""
     changes = ("data.rows=4", "data.tiles=48", "objective.balance_loss=0.0", "optimizer.warmup=0")
-    vl2 = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+    vl2 = vl2_jax.load(small_model, dtype="float32")
     batch = next(iter(batches(recipe(*changes).data, vl2.processor)))
     halves = [
         dataclasses.replace(batch, **{n: getattr(batch, n)[rows] for n in batch.__dataclass_fields__ if n != "tiles"})
