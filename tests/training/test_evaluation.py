@@ -62,8 +62,8 @@ def test_a_run_is_evaluated_and_asked(recipe, data_file, tmp_path):
     assert list((tmp_path / "run/tensorboard").glob("events*"))
 
 
-def test_padding_has_no_part_in_the_balance_loss():
-    vl2 = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+def test_padding_has_no_part_in_the_balance_loss(small_model):
+    vl2 = vl2_jax.load(small_model, dtype="float32")
     turns = [{"role": "user", "content": "What do you see?"}, {"role": "assistant", "content": "nothing"}]
     one = vl2.processor.encode(turns, inference=False)
     short, long = (
