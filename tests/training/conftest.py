@@ -68,7 +68,7 @@ def write_recipe(data_file, small_model):
         path.write_text(
             f"""
             [model]
-            path = "{model}"
+            path = "{GOLDENS / model}"
             scan = true
             [data]
             sources = [{{ path = "{data_file}" }}]

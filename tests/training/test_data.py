@@ -252,7 +252,7 @@ def test_hosts_read_different_samples_and_together_all(recipe):
     answers = []
     for host in range(2):
         for batch in batches(described, processor, host, 2):
-            assert batch.input_ids.shape == (1, 512)
+            assert batch.input_ids.shape == (1, 256)
             answers.append(processor.tokenizer.decode(batch.input_ids.ravel()))
     text = "".join(answers)
     assert all(text.count(answer) == 1 for answer in ("a square", "a tower", "two things", "no picture at all"))

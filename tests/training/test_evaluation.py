@@ -87,8 +87,8 @@ def test_a_signal_ends_an_evaluation_which_is_done_when_the_run_goes_on(recipe, 
     ]
 
 
-def test_padding_has_no_part_in_the_balance_loss():
-    vl2 = vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+def test_padding_has_no_part_in_the_balance_loss(small_model):
+    vl2 = vl2_jax.load(small_model, dtype="float32")
     turns = [{"role": "user", "content": "What do you see?"}, {"role": "assistant", "content": "nothing"}]
     one = vl2.processor.encode(turns, inference=False)
     short, long = (

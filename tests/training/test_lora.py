@@ -28,12 +28,12 @@ from vl2_jax.training.objective import losses
 from vl2_jax.training.recipe import LoraRecipe, Recipe
 
 EVERYWHERE = ("language/*", "vision/blocks_*", "projector/*")
-LORA = ["lora.rank=4", "lora.alpha=8", f"lora.targets={json.dumps(EVERYWHERE)}"]
+LORA = ["lora.rank=4", "lora.alpha=8", "optimizer.learning_rate=3e-3", f"lora.targets={json.dumps(EVERYWHERE)}"]
 
 
 @pytest.fixture(scope="module")
-def vl2():
-    return vl2_jax.load(GOLDENS / "nano-base", dtype="float32")
+def vl2(small_model):
+    return vl2_jax.load(small_model, dtype="float32")
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_adapters_have_the_loss_and_gradients_of_their_products(vl2, factors, re
         np.testing.assert_allclose(gradient, wanted[path], rtol=1e-4, atol=3e-5 * scale, err_msg=path)
 
 
-def test_a_run_trains_adapters_alone_and_exports_them_merged_and_apart(recipe, tmp_path, vl2):
+def test_a_run_trains_adapters_alone_and_exports_them_merged_and_apart(recipe, tmp_path, vl2, small_model):
     told = []
     run = train(recipe(*LORA), tmp_path / "run", told.append)
     assert set(run.state.kept) == set(flatten(vl2.params))
@@ -101,10 +101,10 @@ def test_a_run_trains_adapters_alone_and_exports_them_merged_and_apart(recipe, t
     question = {"role": "user", "content": "<image>\nAnd this?", "images": [picture]}
     batch = vl2.processor([question, {"role": "assistant", "content": ""}])
     merged = vl2_jax.load(tmp_path / "merged", dtype="float32").logits(batch)
-    beside = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=tmp_path / "adapters")
+    beside = vl2_jax.load(small_model, dtype="float32", adapters=tmp_path / "adapters")
     np.testing.assert_array_equal(merged, beside.logits(batch))
     assert np.abs(merged - vl2.logits(batch)).max() > 1e-3
-    on_mesh = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=tmp_path / "adapters", mesh="expert=8")
+    on_mesh = vl2_jax.load(small_model, dtype="float32", adapters=tmp_path / "adapters", mesh="expert=8")
     np.testing.assert_allclose(on_mesh.logits(batch), merged, atol=1e-5)
 
 
