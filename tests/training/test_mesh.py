@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import vl2_jax
-from convert.weight_map import flatten
 from tests.conftest import GOLDENS
 from vl2_jax.errors import MeshError
 from vl2_jax.model.vl2 import VL2Model
@@ -82,10 +81,8 @@ def test_layers_as_a_loop_and_computed_again_give_the_same_gradients(family):
 
     def gradients(**choices):
         model = VL2Model(vl2.config, jnp.float32, jnp.float32, **choices)
-        return jax.jit(jax.value_and_grad(lambda params: losses(model, params, batch).total))(vl2.params)
+        return jax.jit(jax.grad(lambda params: losses(model, params, batch).total))(vl2.params)
 
-    (loss, plain), (again, looped) = gradients(), gradients(remat=True, scan=True)
-    np.testing.assert_allclose(again, loss, rtol=1e-6)
-    for path, gradient in flatten(plain).items():
-        difference = np.linalg.norm(flatten(looped)[path] - gradient)
-        assert difference <= 2e-5 * max(np.linalg.norm(gradient), 1e-6), path
+    plain, looped = gradients(), gradients(remat=True, scan=True)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(looped), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-4)
