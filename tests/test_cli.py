@@ -52,7 +52,9 @@ def test_long_work_gives_a_sign_of_life(monkeypatch):
     monkeypatch.setattr("vl2_jax.progress._SECONDS_OF_SILENCE", 0.05)
     with Display(Console(file=stream)) as report:
         report("hashing [/INST] :eyes:", 1, 4)
-        time.sleep(0.3)
+        end = time.monotonic() + 10
+        while not stream.getvalue() and time.monotonic() < end:
+            time.sleep(0.05)
     assert "hashing [/INST] :eyes: 25 %" in stream.getvalue()
 
 

@@ -14,6 +14,7 @@ from tests.conftest import GOLDENS
 from vl2_jax.config import read_config
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.model.layers import ADAPTERS
+from vl2_jax.progress import silent
 from vl2_jax.training import evaluation
 from vl2_jax.training.checkpoints import name_of
 from vl2_jax.training.export import _Merged, _trained_pieces, export_run
@@ -105,14 +106,14 @@ def test_what_a_narrow_export_loses_is_told(exported):
 
 
 def test_a_run_goes_on_from_adapters(run, exported, recipe):
-    begun = _begin(recipe(adapters=str(exported[0] / "adapters")))
+    begun = _begin(recipe(adapters=str(exported[0] / "adapters")), None, silent)
     assert not changed(flatten(run[1].params), flatten(begun.params))
     for path, array in run[1].state.trained.items():
         np.testing.assert_allclose(begun.state.trained[path], array, rtol=1e-6)
 
 
 def test_a_higher_rank_goes_on_from_the_same_model(run, exported, recipe):
-    begun = _begin(recipe(LORA | {"rank": 6, "alpha": 3.0}, adapters=str(exported[0] / "adapters")))
+    begun = _begin(recipe(LORA | {"rank": 6, "alpha": 3.0}, adapters=str(exported[0] / "adapters")), None, silent)
     for path, array in flatten(run[1].params).items():
         np.testing.assert_allclose(flatten(begun.params)[path], array, atol=1e-6, err_msg=path)
     assert np.asarray(begun.state.trained[f"{Q}/a"])[:, 4:].any()
@@ -128,13 +129,13 @@ def test_a_higher_rank_goes_on_from_the_same_model(run, exported, recipe):
 )
 def test_nothing_of_the_adapters_is_lost_on_the_way(exported, recipe, lora, message):
     with pytest.raises(VL2Error, match=message):
-        _begin(recipe(LORA | lora, adapters=str(exported[0] / "adapters")))
+        _begin(recipe(LORA | lora, adapters=str(exported[0] / "adapters")), None, silent)
 
 
 def test_a_run_without_adapters_of_its_own_begins_with_them_merged(run, exported, recipe, leaves):
     adapters = str(exported[0] / "adapters")
     described = recipe({}, ["vision/*", "language/*", "projector/*"], adapters=adapters)
-    begun = _begin(described)
+    begun = _begin(described, None, silent)
     assert not changed(flatten(run[1].params), flatten(begun.params))
     # What such a run never changes is exported as it began, and not as its base has it.
     saved = {name_of("trained", path): np.asarray(array) for path, array in begun.state.trained.items()}
@@ -156,7 +157,7 @@ def test_a_run_without_adapters_of_its_own_begins_with_them_merged(run, exported
 )
 def test_patterns_that_fit_nothing_are_named(recipe, lora, frozen, message):
     with pytest.raises(ConfigError, match=message):
-        _begin(recipe(LORA | lora, frozen))
+        _begin(recipe(LORA | lora, frozen), None, silent)
 
 
 def test_what_is_trained_whole_has_no_adapter_too(recipe, leaves):
@@ -180,7 +181,7 @@ def test_samples_of_an_evaluation_are_answered_with_adapters_beside(run, recipe,
     look = object.__new__(evaluation.Evaluation)
     look._recipe, look._model, look._processor, look._folder = recipe(), run[1].model, run[1].processor, tmp_path
     look._questions = [([{"role": "user", "content": "?"}], "yes")]
-    look._ask(2, run[1].state, lambda line: None)
+    look._ask(2, run[1].state, lambda line: None, lambda: None)
     assert f"{Q}/a" in flatten(asked[0][ADAPTERS])
     np.testing.assert_array_equal(flatten(asked[0])[Q], run[1].state.kept[Q])
     np.testing.assert_array_equal(flatten(asked[0])[HEAD], run[1].state.trained[HEAD])

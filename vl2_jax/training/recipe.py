@@ -323,7 +323,7 @@ def _is_file(path: Path) -> bool:
 def _read_tables(path: Path, extended: list[Path]) -> dict[str, Any]:
     if not _is_file(path):
         known = ", ".join(sorted(file.stem for file in (configs_directory() / "training").glob("*.toml")))
-        raise ConfigError(f"there is no recipe {shown(str(path))}; give a TOML file or one of {known}.")
+        raise ConfigError(f"there is no recipe {shown(str(path), 150)}; give a TOML file or one of {known}.")
     if path.resolve() in extended:
         raise ConfigError(f"{path} extends itself.")
     try:
