@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TESTS ?= tests
 comma := ,
+AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 .PHONY: demo test test-slow peers tpu lint setup wheel clean
 
@@ -18,8 +19,9 @@ demo: $(VENV)/.ready-demo
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q $(TESTS)
 
+# These compute more than they compile, so they are compiled as users compile (tests/conftest.py).
 test-slow: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m slow
+	$(AS_USERS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m slow
 
 peers: $(VENV)/.ready-peers
 	$(BIN)/python -m pytest -q -rP tests/peers
