@@ -21,9 +21,13 @@ TOP_K = 6
 
 
 @cache
+def devices_of(target: str) -> list[Any]:
+    return topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target]).devices
+
+
+@cache
 def one_chip(target: str) -> Mesh:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target]).devices
-    return Mesh(np.asarray(devices[:1]), ("x",))
+    return Mesh(np.asarray(devices_of(target)[:1]), ("x",))
 
 
 def compile_for(target: str, function: Any, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:

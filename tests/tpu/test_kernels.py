@@ -1,13 +1,22 @@
 """The TPU compiler accepts every kernel for every size, chip and number of tokens: `make tpu`."""
 
-import jax
-import pytest
+import re
+from functools import partial
 
-from tests.tpu.compiling import SIZES, TARGETS, compile_for, expert_shapes
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from convert.weight_map import unflatten
+from tests.tpu.compiling import SIZES, TARGETS, compile_for, devices_of, expert_shapes
 from vl2_jax.config import VL2Config
 from vl2_jax.model.vl2 import VL2Model, abstract_params, apply
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.backward import backward
+from vl2_jax.ops.vision_attention.api import vision_attention
+from vl2_jax.sharding.layout import MeshLayout
+from vl2_jax.sharding.rules import AXES, abstract_sharded_params
 
 TOKENS = (1, 64, 512, 4096)
 
@@ -27,6 +36,27 @@ def test_their_gradients_compile(target, size, tokens):
     shapes = expert_shapes(size, tokens)
     compiled = compile_for(target, backward, *shapes, shapes[0])
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 8  # five products, three transposed
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_vision_attention_compiles(target):
+    qkv = jax.ShapeDtypeStruct((2, 729, 3 * 1152), jax.numpy.bfloat16)
+    compiled = compile_for(target, partial(vision_attention, heads=16), qkv)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+
+
+def test_the_tower_on_a_mesh_attends_where_its_tiles_are():
+    config = VL2Config.preset("vl2-small")
+    config = config.replace(vision_config=config.vision_config.replace(layers=1))
+    devices = np.asarray(devices_of("v5e"))
+    layout = MeshLayout(Mesh(devices.reshape(1, 2, 2, 1), AXES))
+    model = VL2Model(config, jax.numpy.bfloat16, jax.numpy.bfloat16, layout=layout)
+    params = unflatten(abstract_sharded_params(config, layout.mesh, jax.numpy.bfloat16))
+    tiles = jax.ShapeDtypeStruct((8, 384, 384, 3), jax.numpy.uint8, sharding=NamedSharding(layout.mesh, PartitionSpec()))
+    with layout.on_devices():
+        compiled = jax.jit(partial(apply, model, method="encode_tiles")).lower(params, tiles).compile()
+    [call] = re.findall(r"= (\S+) custom-call\(.*tpu_custom_call", compiled.as_text())
+    assert call.startswith("bf16[2,729,1152]")
 
 
 def test_a_whole_layer_of_small_uses_the_kernel_and_a_float32_one_does_not():

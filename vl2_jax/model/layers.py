@@ -36,6 +36,10 @@ class Layout:
         """`function(cache, rows, positions)` of the sequences (and heads, if there are) that each device has."""
         return function(cache, rows, positions)
 
+    def on_own_tiles(self, function: Callable[[Array], Array], tiles: Array) -> Array:
+        """`function(tiles)` of the tiles that each device has."""
+        return function(tiles)
+
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         """The sum of `function(shared, *rows)` over the sequences that each device has; `shared` travels once."""
         return function(shared, *rows)

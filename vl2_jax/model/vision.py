@@ -5,6 +5,7 @@ I tiles, S pixels along a side, L patches, W width. The last block's output afte
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +21,11 @@ from vl2_jax.model.layers import (
     LayerNorm,
     Layout,
     Linear,
-    attend,
     declare,
     scan_layers,
     variables_of,
 )
+from vl2_jax.ops.vision_attention.api import vision_attention
 
 _EPS = 1e-6
 _CHANNELS = 3
@@ -52,7 +53,7 @@ class VisionTower(nn.Module):
         block = nn.remat(VisionBlock) if self.remat else VisionBlock
         is_loop = self.scan and not self.is_initializing()
         if is_loop:
-            one = VisionBlock(config, self.dtype, self.param_dtype, parent=None)
+            one = VisionBlock(config, self.dtype, self.param_dtype, self.layout, parent=None)
             variables = [variables_of(self, f"blocks_{layer}") for layer in range(config.layers)]
 
             def body(x: Array, variables: Any) -> tuple[Array, None]:
@@ -61,7 +62,7 @@ class VisionTower(nn.Module):
 
             x, _ = scan_layers(body, x, variables, self.dtype, self.remat)
         for layer in range(0 if is_loop else config.layers):
-            x = block(config, self.dtype, self.param_dtype, name=f"blocks_{layer}")(x)
+            x = block(config, self.dtype, self.param_dtype, self.layout, name=f"blocks_{layer}")(x)
             x = self.layout.constrain(x, "tile", None, None)
             self.sow("intermediates", "vision_block_out", x)
         if self.is_initializing():
@@ -101,6 +102,7 @@ class VisionBlock(nn.Module):
     config: VisionConfig
     dtype: Dtype
     param_dtype: Dtype
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(self, x: Float[Array, "I L W"]) -> Float[Array, "I L W"]:
@@ -113,9 +115,7 @@ class VisionBlock(nn.Module):
             return Linear(features, axes, self.dtype, self.param_dtype, use_bias=True, name=name)
 
         qkv = linear(3 * width, ("vision_embed", "vision_heads"), "qkv")(norm("norm1")(x))
-        queries, keys, values = rearrange(qkv, "i l (s h k) -> s i l h k", s=3, h=heads)
-        mixed = attend(queries, keys, values, None, (width // heads) ** -0.5)
-        mixed = rearrange(mixed, "i l h k -> i l (h k)")
+        mixed = self.layout.on_own_tiles(partial(vision_attention, heads=heads), qkv)
         x += linear(width, ("vision_heads", "vision_embed"), "proj")(mixed)
         hidden = linear(self.config.mlp_width, ("vision_embed", "vision_mlp"), "fc1")(norm("norm2")(x))
         return x + linear(width, ("vision_mlp", "vision_embed"), "fc2")(nn.gelu(hidden, approximate=True))

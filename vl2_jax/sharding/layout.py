@@ -54,6 +54,10 @@ class MeshLayout(Layout):
             cache, rows, positions
         )
 
+    def on_own_tiles(self, function: Callable[[Array], Array], tiles: Array) -> Array:
+        own = spec_of(self.mesh, tiles.shape, ("tile", *[None] * (tiles.ndim - 1)))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=own, out_specs=own, check_vma=False)(tiles)
+
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         axes = _axes_of(spec_of(self.mesh, rows[0].shape, ("batch", *[None] * (rows[0].ndim - 1))), 0)
         if not axes:
