@@ -111,6 +111,7 @@ def our_parties(config: VL2Config, params: Params) -> dict[tuple[str, str], Part
     from convert.random_checkpoint import create
     from vl2_jax.api import VL2
     from vl2_jax.inference.options import SamplingOptions
+    from vl2_jax.inference.prefill import encode_tiles
     from vl2_jax.processing.batch import TEXT, Encoded, Processor
 
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +132,7 @@ def our_parties(config: VL2Config, params: Params) -> dict[tuple[str, str], Part
         return answer()[0][0].timings.decode_seconds
 
     def vision() -> float:
-        return seconds_of(lambda: jax.block_until_ready(generator.encode_tiles(tiles)))
+        return seconds_of(lambda: jax.block_until_ready(encode_tiles(generator.model, params, tiles)))
 
     training = our_training(config, params)
     return {

@@ -9,7 +9,7 @@ import pytest
 
 import vl2_jax
 from vl2_jax.errors import ConversationError, RequestError
-from vl2_jax.inference import generate
+from vl2_jax.inference import prefill
 from vl2_jax.scenes.drawing import render, sample_scene
 
 THREADS, CONVERSATIONS = 8, 12
@@ -102,14 +102,14 @@ def bytes_held():
 
 
 def test_one_cache_at_a_time_and_none_afterwards(vl2, monkeypatch):
-    make, held = generate._empty_cache, []
+    make, held = prefill.empty_cache, []
 
     def spy(*arguments):
         cache = jax.block_until_ready(make(*arguments))
         held.append((bytes_held(), sum(leaf.nbytes for leaf in jax.tree.leaves(cache))))
         return cache
 
-    monkeypatch.setattr(generate, "_empty_cache", spy)
+    monkeypatch.setattr(prefill, "empty_cache", spy)
     questions = [[{"role": "user", "content": f"What colour is {i}?"}] for i in range(4)]
     vl2.generate(questions, max_tokens=2)
     before = bytes_held()
@@ -119,7 +119,8 @@ def test_one_cache_at_a_time_and_none_afterwards(vl2, monkeypatch):
     assert held[0][0] - before < 1.5 * held[0][1]
 
 
-def test_a_conversation_that_outgrows_its_cache_keeps_the_larger_one_alone(vl2):
+def test_a_conversation_that_outgrows_its_cache_keeps_the_larger_one_alone(vl2, monkeypatch):
+    monkeypatch.setattr(prefill, "_ALWAYS_WHOLE", 0)
     before, chat = bytes_held(), vl2.chat()
     chat.ask("hello", max_tokens=2, ignore_eos=True)
     small = bytes_held() - before

@@ -23,12 +23,14 @@ from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
 from convert.peft import read_adapters
 from convert.weight_map import Leaf, flatten, plan, unflatten
+from vl2_jax.compilation import keep_compiled_programs
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError, ConversationError
 from vl2_jax.files import is_file_on, is_remote, path_of, why_not_whole
 from vl2_jax.inference.answers import Answer
-from vl2_jax.inference.generate import Generator, Memory, bucket, matmul_precision
+from vl2_jax.inference.generate import Generator
 from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.prefill import Memory, bucket, matmul_precision
 from vl2_jax.memory import usable_memory
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
@@ -51,7 +53,7 @@ def load(
     *,
     dtype: str | None = None,
     verify: bool = True,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
     mesh: str | Mesh | None = None,
     dispatch: Dispatch = "ring",
     adapters: str | Path | None = None,
@@ -64,7 +66,7 @@ def load(
       model: a directory, or an id such as "deepseek-ai/deepseek-vl2-tiny" (needs a connection the first time).
       dtype: "bfloat16" or "float32", of weights and computation; `None` is `fastest_dtype`.
       verify: compare every byte with the checkpoint's manifest; damage is reported by name.
-      chunk_size: prompt positions that are computed at a time.
+      chunk_size: prompt positions that are computed at a time, at most; `None` is what suits the platform.
       mesh: devices to spread the model over: "auto", "expert=4,tensor=2" (see `sharding.mesh`), a mesh with those axes,
         or `None` for one device.
       dispatch: how tokens reach their experts on a mesh, see `sharding.layout`.
@@ -73,9 +75,12 @@ def load(
         sum of a bfloat16 weight and a small update is mostly the weight. `None` merges into float32 weights alone.
       report: called with (phase, done, total) as loading goes on.
 
+    Compiled programs are kept from here on, see `compilation`.
+
     Raises:
       ConfigError, CheckpointError, MeshError: see their messages.
     """
+    keep_compiled_programs()
     directory = find_model(model)
     config = read_config(directory)
     if not all(is_file_on(directory / name) for name in (PROCESSOR_FILE, TOKENIZER_FILE)):
@@ -196,7 +201,7 @@ class VL2:
         params: Params,
         processor: Processor,
         dtype: Any = jnp.float32,
-        chunk_size: int = 512,
+        chunk_size: int | None = None,
         layout: Layout = ONE_DEVICE,
     ):
         self.config = config
@@ -249,6 +254,16 @@ class VL2:
     def chat(self) -> Chat:
         """A conversation that remembers: each turn computes only what is new."""
         return Chat(self)
+
+    def warm_up(self, conversations: int = 1, *, greedy_only: bool = False, report: Report = silent) -> None:
+        """Compiles all that answering so many conversations at once needs, so that no question waits for it.
+
+        It takes about as long as a few answers, less where compiled programs were kept (`compilation`).
+
+        Args:
+          greedy_only: nothing will be sampled.
+        """
+        self.generator.warm_up(conversations, greedy_only=greedy_only, report=report)
 
     def logits(self, batch: Batch) -> Float[np.ndarray, "B T V"]:
         """float32 logits of every position of a batch, without sampling."""

@@ -25,8 +25,9 @@ import numpy as np
 from convert.weight_map import flatten, plan
 from vl2_jax.api import VL2
 from vl2_jax.errors import ConfigError
-from vl2_jax.inference.generate import Generator, matmul_precision
+from vl2_jax.inference.generate import Generator
 from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.prefill import matmul_precision
 from vl2_jax.model.vl2 import apply
 from vl2_jax.processing.batch import Batch, Encoded, Processor
 from vl2_jax.processing.tiling import released_tiles

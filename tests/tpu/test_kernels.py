@@ -52,7 +52,8 @@ def test_the_tower_on_a_mesh_attends_where_its_tiles_are():
     layout = MeshLayout(Mesh(devices.reshape(1, 2, 2, 1), AXES))
     model = VL2Model(config, jax.numpy.bfloat16, jax.numpy.bfloat16, layout=layout)
     params = unflatten(abstract_sharded_params(config, layout.mesh, jax.numpy.bfloat16))
-    tiles = jax.ShapeDtypeStruct((8, 384, 384, 3), jax.numpy.uint8, sharding=NamedSharding(layout.mesh, PartitionSpec()))
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+    tiles = jax.ShapeDtypeStruct((8, 384, 384, 3), jax.numpy.uint8, sharding=whole)
     with layout.on_devices():
         compiled = jax.jit(partial(apply, model, method="encode_tiles")).lower(params, tiles).compile()
     [call] = re.findall(r"= (\S+) custom-call\(.*tpu_custom_call", compiled.as_text())

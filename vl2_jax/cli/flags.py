@@ -43,7 +43,7 @@ class ModelFlags:
       merge: Add the adapters to the weights; by default to float32 weights alone.
       no_merge: Keep the adapters beside the weights, where bfloat16 loses nothing of them.
       dtype: bfloat16 or float32; by default float32 on a CPU that can hold it, else the checkpoint's.
-      chunk_size: Prompt positions computed at a time.
+      chunk_size: Prompt positions computed at a time, at most; by default what suits the platform.
       verify: Check the weights against their manifest while loading.
     """
 
@@ -52,7 +52,7 @@ class ModelFlags:
     merge: tyro.conf.FlagCreatePairsOff[bool] = False
     no_merge: tyro.conf.FlagCreatePairsOff[bool] = False
     dtype: str | None = None
-    chunk_size: int = 512
+    chunk_size: int | None = None
     verify: bool = True
 
     def load(self, devices: Devices, **changed: Any) -> tuple[Any, float]:

@@ -1,14 +1,13 @@
-"""Prompts to answers: vision in chunks, prefill in chunks, a jitted decode loop (SPEC 6).
+"""Prompts to answers: pictures and prompts into a cache (`inference.prefill`), then a jitted decode loop (SPEC 6).
 
-    tiles   --[tile chunk]-->  tokens of tiles
-    prompt  --[chunk] [chunk] [chunk]-->  cache, last hidden row        one compilation, any prompt length
-    token   --while_loop-->  token --> ...                              a few steps a call, cache updated in place
+    prompt  --prefill-->     cache, last hidden row
+    token   --while_loop-->  token --> ...              a few steps a call, cache updated in place
 
 Every sequence starts at slot 0 of its cache row, and position s stands in slot s. Shorter prompts of a batch are
 filled up on the right; those rows lie after every position that a query may see, and decoding overwrites them before
 it reaches them. So a batch gives each of its rows what that row gives alone.
 
-B batch, C positions of a chunk, S cache slots, I tiles, D model width, V vocabulary.
+B batch, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,36 +26,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.errors import ContextLengthError, RequestError
 from vl2_jax.inference.answers import Answer, AnswerWriter, Timings
+from vl2_jax.inference.chunks import Chunking, chunking
 from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.prefill import Memory, compile_prefill, each_replaced, matmul_precision, prefill, repeat
 from vl2_jax.inference.sampling import Sampler, choose
 from vl2_jax.inference.turns import DEVICES
-from vl2_jax.model.decoder import Cache, init_cache, laid_out
+from vl2_jax.model.decoder import Cache
 from vl2_jax.model.vl2 import Params, VL2Model, apply
-from vl2_jax.processing.batch import TEXT, Encoded, renumbered_rows
+from vl2_jax.processing.batch import Encoded
 from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.processing.tokenizer import Tokenizer
 from vl2_jax.progress import Report, silent
 
-_SHORTEST_CHUNK = 64
-_SMALLEST_CACHE = 256
 _STEPS_A_CALL = 16
 _SECONDS_A_CALL = 0.1  # text should appear at least this often, so slow models decode fewer steps a call
-
-
-@dataclass
-class Memory:
-    """What a cache holds after an answer, so that the next turn of the conversation computes only what is new.
-
-    It belongs to one conversation. The call that takes it uses it up, whether it can reuse the cache or not: there is
-    never an old cache beside a new one.
-    """
-
-    cache: Cache
-    fingerprints: np.ndarray  # uint64 [positions], of the one sequence in the cache
-
-    def free(self) -> None:
-        for leaf in jax.tree.leaves(self.cache):
-            leaf.delete()
 
 
 class DecodeState(NamedTuple):
@@ -81,12 +64,11 @@ class Generator:
     model: VL2Model
     params: Params
     tokenizer: Tokenizer
-    chunk_size: int = 512
-    tile_chunk: int = 4
+    chunk_size: int | None = None  # the longest chunk; None is the platform's (`inference.chunks`)
     as_released: bool = False  # boxes are read by the released rule
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
+        if self.chunk_size is not None and self.chunk_size < 1:
             raise RequestError(f"chunk_size is {self.chunk_size}; expected at least 1.")
 
     def generate(
@@ -148,20 +130,22 @@ class Generator:
         prints = np.concatenate([prompts[0].fingerprints(), np.asarray(fed, np.uint64)])
         return answers, Memory(cache, prints)
 
-    def encode_tiles(self, tiles: np.ndarray, report: Report = silent) -> Float[Array | np.ndarray, "I M D"]:
-        """Tokens of all tiles, at most `tile_chunk` at a time; a bucket of chunks, the last of them empty."""
-        if not len(tiles):
-            return np.zeros((0, self.model.config.tokens_per_tile, self._width), self.model.dtype)
-        devices = self.model.layout.devices
-        chunks = -(-len(tiles) // (self.tile_chunk * devices))
-        chunk = -(-len(tiles) // (chunks * devices)) * devices  # 5 tiles are 2 x 3, not 2 x 4; each device has as many
-        padded = np.pad(tiles, ((0, chunks * chunk - len(tiles)), (0, 0), (0, 0), (0, 0)))
-        parts: list[Array] = []
-        for i in range(chunks):
-            _tell(report, "looking at pictures", i, chunks, parts[-1:])
-            parts.append(_encode_tiles(self.model, self.params, padded[i * chunk : (i + 1) * chunk]))
-        room = bucket(chunks, 1) - chunks
-        return jnp.concatenate([*parts, *[jnp.zeros_like(parts[0])] * room])
+    def warm_up(self, conversations: int = 1, *, greedy_only: bool = False, report: Report = silent) -> None:
+        """Runs every program that so many conversations at once need, on nothing, so that all are compiled."""
+        config, chunks = self.model.config.language_config, self._chunking.lengths(conversations)
+        lengths = np.zeros(conversations, np.int32)
+        seen = np.zeros((conversations, config.vocab_size), bool)
+        sampler = Sampler.of(SamplingOptions(seed=0), config.vocab_size, conversations)
+        eos, ways = np.int32(self.tokenizer.eos_id), (True,) if greedy_only else (True, False)
+        with DEVICES, self.model.layout.on_devices():
+            hidden, cache = compile_prefill(self.model, self.params, conversations, chunks, report)
+            for number, greedy in enumerate(ways):
+                report("compiling the decoder", number, len(ways))
+                state, *_ = _first_token(self.model, self.params, hidden, lengths, seen, sampler, eos, greedy)
+                state = state._replace(cache=cache)
+                nothing = np.ones(conversations, bool), np.int32(0)
+                state, *_ = decode_steps(self.model, self.params, state, *nothing, sampler, eos, greedy)
+                cache = state.cache
 
     def prefill(
         self,
@@ -171,54 +155,12 @@ class Generator:
         timings: Timings | None = None,
         report: Report = silent,
     ) -> tuple[Float[Array, "B D"], Cache]:
-        """The hidden row of every prompt's last position, and the cache of all before it and itself.
-
-        What it took is added to `timings`.
-        """
+        """See `inference.prefill`; the devices are this call's alone."""
+        pad_id = self.tokenizer.pad_id
         with DEVICES, self.model.layout.on_devices():
-            return self._prefill(prompts, capacity, memory, timings or Timings(), report)
-
-    def _prefill(
-        self, prompts: Sequence[Encoded], capacity: int, memory: Memory | None, spent: Timings, report: Report
-    ) -> tuple[Float[Array, "B D"], Cache]:
-        start = 0
-        longest = max(map(len, prompts))
-        if memory is not None and len(prompts) == 1:
-            start = _shared_prefix(memory.fingerprints, prompts[0].fingerprints())
-        # As few chunks as allowed, all of one size, little longer than needed: 1087 positions in 3 x 384, not 3 x 512.
-        chunks = -(-(longest - start) // self.chunk_size)
-        chunk = min(self.chunk_size, chunk_length(-(-(longest - start) // chunks)))
-        capacity = bucket(max(capacity, start + chunks * chunk), _SMALLEST_CACHE)
-        spent.reused_tokens = start
-        if memory is not None and not start:
-            memory.free()
-        cache = _grown(memory, self._slot_axis, capacity) if memory and start else None
-
-        begun = time.perf_counter()
-        shows_pictures = any((p.visual_index[start:] != TEXT).any() for p in prompts)
-        tiles = np.concatenate([p.tiles for p in prompts])
-        table = self.encode_tiles(tiles if shows_pictures else tiles[:0], report)
-        jax.block_until_ready(table)
-        spent.vision_seconds = time.perf_counter() - begun
-
-        begun = time.perf_counter()
-        ids = np.full((len(prompts), start + chunks * chunk), self.tokenizer.pad_id, np.int32)
-        index = np.full_like(ids, TEXT)
-        for row, (prompt, visual_rows) in enumerate(zip(prompts, renumbered_rows(prompts))):
-            ids[row, : len(prompt)] = prompt.input_ids
-            index[row, : len(prompt)] = visual_rows
-        last = np.asarray([len(p) - 1 for p in prompts], np.int32)
-        hidden: Any = np.zeros((len(prompts), self._width), self.model.dtype)
-        cache = _empty_cache(self.model, len(prompts), capacity) if cache is None else cache
-        for i in range(chunks):
-            begin = start + i * chunk
-            _tell(report, "reading the prompt", i, chunks, hidden)
-            part = slice(begin, begin + chunk)
-            x = _embed(self.model, self.params, ids[:, part], index[:, part], table)
-            hidden, cache = prefill_chunk(self.model, self.params, x, cache, hidden, np.int32(begin), last)
-        jax.block_until_ready(hidden)
-        spent.prefill_seconds = time.perf_counter() - begun
-        return hidden, cache
+            return prefill(
+                self.model, self.params, prompts, capacity, self._chunking, pad_id, memory, timings or Timings(), report
+            )
 
     def _run(
         self,
@@ -234,25 +176,24 @@ class Generator:
         rows, n = len(writers), len(writers) // len(prompts)
         repeated = [prompt for prompt in prompts for _ in range(n)]
         lengths = np.asarray([len(p) for p in repeated], np.int32)
-        capacity = bucket(max(len(p) + w.limit for p, w in zip(repeated, writers)), _SMALLEST_CACHE)
+        capacity = max(len(p) + w.limit for p, w in zip(repeated, writers))
         seen = np.zeros((rows, self.model.config.language_config.vocab_size), bool)
         for row, prompt in zip(seen, repeated):
             row[prompt.input_ids] = True
         greedy, eos = options.is_greedy, np.int32(-1 if options.ignore_eos else self.tokenizer.eos_id)
         on_devices = self.model.layout.on_devices
         with DEVICES, on_devices():
-            hidden, cache = self._prefill(prompts, capacity, memory, timings, report)
+            hidden, cache = self.prefill(prompts, capacity, memory, timings, report)
             if n > 1:
-                hidden, cache = _repeat(self.model, hidden, n), _each_replaced(cache, partial(_repeat, self.model, n=n))
+                hidden, cache = repeat(self.model, hidden, n), each_replaced(cache, partial(repeat, self.model, n=n))
             begun = time.perf_counter()
-            state, token, logprob = _first_token(
-                self.model, self.params, hidden, cache, lengths, seen, sampler, eos, greedy
-            )
+            state, token, logprob = _first_token(self.model, self.params, hidden, lengths, seen, sampler, eos, greedy)
+            state = state._replace(cache=cache)
             # Compiled before the first text appears, so that text does not stop after its first word.
-            _tell(report, "compiling the decoder", 0, 0, token)
+            report("compiling the decoder", 0, 0)
             nothing = np.zeros(rows, bool), np.int32(0)
             state, *_ = decode_steps(self.model, self.params, state, *nothing, sampler, eos, greedy)
-            first = [[(int(t), float(p))] for t, p in zip(token, logprob)]
+            first = [[(int(t), float(p))] for t, p in zip(*jax.device_get((token, logprob)))]
         yield first
         steps = 1
         while not all(writer.finished for writer in writers):
@@ -274,8 +215,9 @@ class Generator:
         return state.cache
 
     @property
-    def _width(self) -> int:
-        return self.model.config.language_config.hidden_size
+    def _chunking(self) -> Chunking:
+        leaf = jax.tree.leaves(self.params)[0]
+        return chunking(next(iter(leaf.devices())).platform, self.chunk_size, self.model.layout.devices)
 
     def _room_for(self, prompt: Encoded, max_tokens: int) -> int:
         """Tokens that may be generated; the last of them is never fed back."""
@@ -286,10 +228,6 @@ class Generator:
                 f"model's context holds {context}; shorten the text, or send fewer or smaller pictures."
             )
         return min(max_tokens, context - len(prompt) + 1)
-
-    @property
-    def _slot_axis(self) -> int:
-        return 1 if self.model.config.language_config.use_mla else 2
 
 
 def picture_at(prompt: Encoded, number: int) -> int:
@@ -304,108 +242,23 @@ def picture_at(prompt: Encoded, number: int) -> int:
     return number % count if count else 0
 
 
-def chunk_length(positions: int) -> int:
-    """`positions` rounded up to a sixteenth of their power of two, at least 64: little waste, few shapes."""
-    step = max(_SHORTEST_CHUNK, 1 << max(0, positions.bit_length() - 5))
-    return -(-positions // step) * step
-
-
-def bucket(size: int, smallest: int) -> int:
-    """`size` rounded up to a power of two, or to one and a half of one: few shapes, at most a third too large."""
-    power = max(smallest, 1 << max(0, size - 1).bit_length())
-    return power * 3 // 4 if power * 3 // 4 >= max(size, smallest) and power % 4 == 0 else power
-
-
-def matmul_precision(dtype: Any) -> Any:
-    """float32 products are float32 on every platform; a TPU would round their inputs to bfloat16 otherwise."""
-    return jax.default_matmul_precision("highest" if jnp.dtype(dtype) == jnp.float32 else "default")
-
-
-@partial(jax.jit, static_argnums=0)
-def _encode_tiles(model: VL2Model, params: Params, tiles: Array) -> Float[Array, "I M D"]:
-    with matmul_precision(model.dtype):
-        return apply(model, params, tiles, method="encode_tiles")
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _empty_cache(model: VL2Model, batch: int, capacity: int) -> Cache:
-    return init_cache(model.config.language_config, batch, capacity, model.dtype, model.layout)
-
-
-def _grown(memory: Memory, axis: int, capacity: int) -> Cache:
-    """The remembered cache with room for `capacity` positions."""
-    missing = capacity - memory.cache[0][0].shape[axis]
-    if missing <= 0:
-        return memory.cache
-    return _each_replaced(
-        memory.cache, lambda old: jnp.pad(old, [(0, missing if a == axis else 0) for a in range(old.ndim)])
-    )
-
-
-def _each_replaced(cache: Cache, change: Callable[[Array], Array]) -> Cache:
-    """`change` of every array of a cache; each old one is freed before the next new one is made."""
-
-    def replaced(old: Array) -> Array:
-        new = jax.block_until_ready(change(old))
-        old.delete()
-        return new
-
-    return jax.tree.map(replaced, cache)
-
-
-@partial(jax.jit, static_argnums=(0, 2))
-def _repeat(model: VL2Model, rows: Array, n: int) -> Array:
-    """Every row of a batch `n` times, laid out as what it was."""
-    repeated = jnp.repeat(rows, n, axis=0)
-    if rows.ndim == 2:  # hidden rows
-        return model.layout.constrain(repeated, None, None)
-    return laid_out((repeated,), model.layout)[0]
-
-
-def _tell(report: Report, phase: str, done: int, total: int, result: Any) -> None:
-    """Reports progress, once the step before is really done; without a listener nothing waits."""
-    if report is not silent:
-        jax.block_until_ready(result)
-        report(phase, done, total)
-
-
-@partial(jax.jit, static_argnums=0)
-def _embed(model: VL2Model, params: Params, ids: Array, index: Array, table: Array) -> Float[Array, "B C D"]:
-    return apply(model, params, ids, index, table, method="embed")
-
-
-@partial(jax.jit, static_argnums=0, donate_argnums=(3, 4))
-def prefill_chunk(
-    model: VL2Model, params: Params, x: Array, cache: Cache, hidden: Array, begin: Array, last: Array
-) -> tuple[Float[Array, "B D"], Cache]:
-    """One chunk: fills slots `begin` to `begin + C`, and keeps the hidden rows of prompts that end inside of it."""
-    length = x.shape[1]
-    positions = jnp.broadcast_to(begin + jnp.arange(length), x.shape[:2])
-    with matmul_precision(model.dtype):
-        out = apply(model, params, x, positions, None, cache, method="decode")
-    within = last - begin
-    row = jnp.take_along_axis(out.hidden, jnp.clip(within, 0, length - 1)[:, None, None], axis=1)[:, 0]
-    hidden = jnp.where(((within >= 0) & (within < length))[:, None], row, hidden)
-    return model.layout.constrain(hidden, None, None), out.cache
-
-
-@partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
+@partial(jax.jit, static_argnums=(0, 7))
 def _first_token(
     model: VL2Model,
     params: Params,
     hidden: Array,
-    cache: Cache,
     lengths: Array,
     seen: Array,
     sampler: Sampler,
     eos: Array,
     greedy: bool,
 ) -> tuple[DecodeState, Int[Array, " B"], Float[Array, " B"]]:
+    """The first token of every row, and a state that has no cache yet: its program is the same for any."""
     with matmul_precision(model.dtype):
         logits = apply(model, params, hidden, method="logits")
     step = jnp.zeros_like(lengths)
     token, logprob = choose(logits, sampler, seen, step, greedy)
-    state = DecodeState(cache, token, lengths, step + 1, token == eos, _with_token(seen, token))
+    state = DecodeState((), token, lengths, step + 1, token == eos, _with_token(seen, token))
     return state, model.layout.constrain(token, None), model.layout.constrain(logprob, None)
 
 
@@ -427,7 +280,8 @@ def decode_steps(
     def body(carry):
         number, state, tokens, logprobs, counts = carry
         x = apply(model, params, state.token[:, None], method="embed")
-        out = apply(model, params, x, state.position[:, None], None, state.cache, method="decode")
+        exists = (~state.done).astype(jnp.int32)[:, None]
+        out = apply(model, params, x, state.position[:, None], exists, state.cache, method="decode")
         logits = apply(model, params, out.hidden[:, 0], method="logits")
         token, logprob = choose(logits, sampler, state.seen, state.step, greedy)
         alive = ~state.done
@@ -458,10 +312,3 @@ def decode_steps(
 def _with_token(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
     """One pass over the ids, in place; a scatter would copy them. Nothing is added for a token of -1."""
     return seen | (jnp.arange(seen.shape[-1]) == token[:, None])
-
-
-def _shared_prefix(old: np.ndarray, new: np.ndarray) -> int:
-    """Positions that need not be computed again; the last one always is, for its hidden row."""
-    length = min(len(old), len(new) - 1)
-    different = np.flatnonzero(old[:length] != new[:length])
-    return int(different[0]) if len(different) else length

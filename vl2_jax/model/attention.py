@@ -35,6 +35,7 @@ class Placement(NamedTuple):
     mask: Bool[Array, "B T S"]
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
     documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `attend_packed`
+    exists: Bool[Array, "B T"] | None = None  # no expert computes the others, whose results nobody uses
 
 
 class LatentAttention(nn.Module):
@@ -58,7 +59,7 @@ class LatentAttention(nn.Module):
         cache: LayerCache | None = None,
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config, (positions, mask, tables, documents) = self.config, placement
+        config, (positions, mask, tables, documents, _) = self.config, placement
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         rank, value_dim = config.kv_lora_rank, config.v_head_dim
         assert rank is not None
@@ -149,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         del absorbed  # there is one form only
-        config, (positions, mask, tables, documents) = self.config, placement
+        config, (positions, mask, tables, documents, _) = self.config, placement
         heads = config.num_attention_heads
         init = nn.initializers.normal(config.initializer_range)
 

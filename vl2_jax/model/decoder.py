@@ -79,14 +79,16 @@ class Decoder(nn.Module):
         Args:
           x: embeddings of text and pictures.
           positions: position of every row in its sequence; with a cache also the slot it is written to.
-          segments: without a cache, the document that a position belongs to, 0 for padding; documents do not see
-            each other (`attention.sees`). `None` is one document.
+          segments: the document that a position belongs to, 0 for padding; documents do not see each other
+            (`attention.sees`). `None` is one document. With a cache there is one, and padding reaches no expert.
           cache: rows of the positions before; a query sees the slots up to its own position.
           absorbed: see `LatentAttention`.
           packed: padding gives nothing that is used, so it need not attend as released.
         """
         mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
-        placement = Placement(positions, mask, rotary_tables(self.config, positions), segments if packed else None)
+        exists = None if cache is None or segments is None else segments > 0
+        tables = rotary_tables(self.config, positions)
+        placement = Placement(positions, mask, tables, segments if packed else None, exists)
         new_cache, routings = [], []
         looped = range(0)
         if self.scan and cache is None and not self.is_initializing():
@@ -162,7 +164,7 @@ class DecoderLayer(nn.Module):
         x += mixed
         normed = norm("post_attention_layernorm")(x)
         if self.is_moe:
-            out, routing = MoE(config, self.dtype, self.param_dtype, self.layout, name="mlp")(normed)
+            out, routing = MoE(config, self.dtype, self.param_dtype, self.layout, name="mlp")(normed, placement.exists)
             return x + out, cache, routing
         init = nn.initializers.normal(config.initializer_range)
         mlp = GatedMLP(config.intermediate_size, self.dtype, self.param_dtype, init, name="mlp")

@@ -31,7 +31,10 @@ class MoE(nn.Module):
     layout: Layout = ONE_DEVICE
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Routing]:
+    def __call__(
+        self, x: Float[Array, "B T D"], exists: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The sums of all experts; of positions that do not exist, of the shared experts alone."""
         config = self.config
         experts, width, hidden = config.n_routed_experts, x.shape[-1], config.moe_intermediate_size
         assert experts is not None
@@ -51,8 +54,9 @@ class MoE(nn.Module):
         gate, up, down = kernels
         factors = [adapter_of(self, name, self.dtype) for name in described]
         adapters = (factors[0], factors[1], factors[2]) if any(factors) else None
+        ids = routing.expert_ids if exists is None else jnp.where(exists[..., None], routing.expert_ids, experts)
         with jax.named_scope("routed_experts"):
-            routed = self.layout.experts(x, gate, up, down, routing.expert_ids, routing.weights, adapters)
+            routed = self.layout.experts(x, gate, up, down, ids, routing.weights, adapters)
         if config.n_shared_experts:
             shared_width = config.n_shared_experts * hidden
             shared = GatedMLP(shared_width, self.dtype, self.param_dtype, init, name="shared_experts")

@@ -17,8 +17,10 @@ import numpy as np
 
 from convert.weight_map import unflatten
 from vl2_jax.config import LanguageConfig, VL2Config
-from vl2_jax.inference import generate
+from vl2_jax.inference.chunks import chunking
+from vl2_jax.inference.generate import DecodeState, decode_steps
 from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.prefill import prefill_chunk
 from vl2_jax.inference.sampling import Sampler
 from vl2_jax.model.decoder import init_cache
 from vl2_jax.model.layers import cache_axes
@@ -31,8 +33,6 @@ from vl2_jax.training.recipe import DataRecipe, ModelRecipe, Recipe
 from vl2_jax.training.step import abstract_state, build_model, make_step
 
 Purpose = Literal["decode", "prefill", "train"]
-
-_CHUNK = generate.Generator.chunk_size
 
 # A full fine-tune as large models are trained: float32 weights and optimiser states, bfloat16 arithmetic; a picture of
 # 2 x 3 tiles and its global view a sequence.
@@ -81,21 +81,22 @@ def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: i
     cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *cache_axes(leaf.ndim)), rows)
     kinds = weight_kinds(flat) | {"cache": _bytes(jax.tree.leaves(cache))}
     if purpose == "prefill":
-        chunk = min(_CHUNK, context)
-        x = array((batch, chunk, language.hidden_size), jnp.bfloat16, "batch", None, None)
+        chunk = min(chunking("tpu", devices=layout.devices).lengths(batch)[0], context)
+        ids, index = (array((batch, chunk), jnp.int32, None, None) for _ in range(2))
+        table = array((FEWEST_TILES, config.tokens_per_tile, language.hidden_size), jnp.bfloat16, None, None, None)
         hidden = array((batch, language.hidden_size), jnp.bfloat16, None, None)
         last = array((batch,), jnp.int32, None)
         flops = _expert_flops(language, batch * chunk, layout)
-        lower = partial(generate.prefill_chunk.lower, model, params, x, cache, hidden, np.int32(0), last)
+        lower = partial(prefill_chunk.lower, model, params, ids, index, table, cache, hidden, np.int32(0), last)
         return Program(lower, kinds, flops, _moved(language, kinds, batch * chunk))
     vocabulary = language.vocab_size
     tokens, positions, steps_taken = (array((batch,), jnp.int32, "batch") for _ in range(3))
     ended = array((batch,), jnp.bool_, "batch")
     seen = array((batch, vocabulary), jnp.bool_, "batch", None)
-    state = generate.DecodeState(cache, tokens, positions, steps_taken, ended, seen)
+    state = DecodeState(cache, tokens, positions, steps_taken, ended, seen)
     sampler = Sampler.of(SamplingOptions(), vocabulary, batch)
     done, steps, eos = np.zeros(batch, bool), np.int32(1), np.int32(1)
-    lower = partial(generate.decode_steps.lower, model, params, state, done, steps, sampler, eos, True)
+    lower = partial(decode_steps.lower, model, params, state, done, steps, sampler, eos, True)
     return Program(lower, kinds, _expert_flops(language, batch, layout), _moved(language, kinds, batch))
 
 

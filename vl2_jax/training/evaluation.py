@@ -21,7 +21,7 @@ import numpy as np
 
 from vl2_jax.api import VL2
 from vl2_jax.errors import ConfigError
-from vl2_jax.inference.generate import matmul_precision
+from vl2_jax.inference.prefill import matmul_precision
 from vl2_jax.model.vl2 import VL2Model
 from vl2_jax.processing.batch import IGNORED, Processor
 from vl2_jax.processing.conversation import Conversation

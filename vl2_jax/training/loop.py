@@ -20,6 +20,7 @@ from convert.checkpoint import dtype_of
 from convert.from_torch import CORRECTION_BIAS
 from convert.peft import read_adapters
 from convert.weight_map import plan, unflatten
+from vl2_jax.compilation import keep_compiled_programs
 from vl2_jax.config import VL2Config, read_config
 from vl2_jax.errors import ConfigError, VL2Error, shown
 from vl2_jax.files import local_destination
@@ -96,6 +97,7 @@ def train(
       ConfigError, CheckpointError, SampleError: see their messages.
       TrainingError: a loss or gradients are not numbers; nothing was saved since the last good checkpoint.
     """
+    keep_compiled_programs()
     folder = local_destination(folder, "a run")
     length = Length.of(recipe)
     report("looking at the data", 0, 0)

@@ -25,7 +25,7 @@ from convert.from_torch import CORRECTION_BIAS
 from convert.weight_map import flatten, unflatten
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import ConfigError
-from vl2_jax.inference.generate import matmul_precision
+from vl2_jax.inference.prefill import matmul_precision
 from vl2_jax.model.layers import ADAPTERS, Layout
 from vl2_jax.model.vl2 import Params, VL2Model
 from vl2_jax.processing.batch import IGNORED

@@ -1,0 +1,163 @@
+"""Programs are compiled for few shapes, once, and kept."""
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import vl2_jax
+from vl2_jax.compilation import VARIABLE, keep_compiled_programs
+from vl2_jax.inference.chunks import chunking
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def compiled():
+    """The names of the programs that are compiled, or found compiled, meanwhile."""
+    names = []
+
+    def listen(event, _, fun_name="", **rest):
+        if event == _COMPILED:
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def question(number):
+    """Prompts of 60 to 950 tokens, with one to three pictures of different forms."""
+    pixels = np.random.default_rng(number).integers(0, 255, (300, 100 + 50 * number, 3), np.uint8)
+    pictures = [Image.fromarray(pixels)] * (1 + number % 3)
+    text = "<image>\n" * len(pictures) + "What is " + "here " * (8 * number * number)
+    return [{"role": "user", "content": text, "images": pictures}]
+
+
+@pytest.fixture
+def fresh():
+    jax.clear_caches()
+    return vl2_jax.load("vl2-nano", dtype="float32")
+
+
+def test_ten_prompts_of_ten_lengths_compile_at_most_two_programs_after_the_first_answer(fresh):
+    fresh.generate(question(0), max_tokens=3)
+    with compiled() as names:
+        lengths = {fresh.generate(question(number), max_tokens=3)[0].prompt_tokens for number in range(1, 11)}
+    assert len(lengths) == 10
+    assert max(lengths) > 6 * min(lengths)
+    assert len(names) <= 2, names
+
+
+def test_nothing_is_compiled_after_warming_up(fresh):
+    fresh.warm_up()
+    with compiled() as names:
+        fresh.generate(question(0), max_tokens=3)
+        fresh.generate(question(9), max_tokens=3, temperature=0.5)
+    assert not names
+
+
+_COUNTED = """
+import jax, sys
+missed = []
+jax.monitoring.register_event_listener(lambda event, **rest: missed.append(event) if "cache_miss" in event else None)
+from vl2_jax.cli import main
+main(sys.argv[1:])
+print(len(missed))
+"""
+
+
+def test_a_second_start_compiles_nothing(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAX_PERS"))}
+    environment = kept | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = ["generate", "--model", "vl2-nano", "--image", "assets/scene.png", "--prompt", "What is written here?"]
+
+    def start(*more):
+        done = subprocess.run(
+            [sys.executable, "-c", _COUNTED, *command, *more],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        *answer, missed = done.stdout.splitlines()
+        return answer, int(missed)
+
+    answer, missed = start()
+    assert missed > 0
+    assert start() == (answer, 0)
+    assert start("--max-tokens", "5")[1] == 0
+    assert list((tmp_path / "vl2-jax" / "compiled").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variable", "cache", "expected"),
+    [("", None, "default"), ("off", None, None), ("{tmp}/mine", None, "{tmp}/mine"), ("", "{tmp}/users", None)],
+)
+def test_where_programs_are_kept(tmp_path, monkeypatch, variable, cache, expected):
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_compilation_cache_max_size",
+        "jax_persistent_cache_min_entry_size_bytes",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv(VARIABLE, variable.format(tmp=tmp_path))
+    try:
+        jax.config.update(names[0], cache and cache.format(tmp=tmp_path))
+        folder = keep_compiled_programs()
+        if expected == "default":
+            assert folder.is_relative_to(tmp_path / "caches" / "vl2-jax")
+        else:
+            assert folder == (expected and type(tmp_path)(expected.format(tmp=tmp_path)))
+        assert jax.config.jax_compilation_cache_dir == (str(folder) if folder else cache and cache.format(tmp=tmp_path))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file" / "folder"))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert keep_compiled_programs() is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(
+    ("platform", "positions", "chunks"),
+    [
+        ("cpu", 20, [64]),
+        ("cpu", 1087, [512, 512, 64]),
+        ("cpu", 488, [512]),
+        ("tpu", 1087, [1024, 64]),
+        ("tpu", 3500, [4096]),
+        ("tpu", 4096, [4096]),
+    ],
+)
+def test_a_prompt_is_cut_at_the_least_cost(platform, positions, chunks):
+    assert chunking(platform).cut(positions) == chunks
+
+
+def test_chunks_of_many_prompts_are_shorter():
+    assert chunking("tpu").lengths(8) == [1024, 256, 64]
+    assert chunking("tpu", devices=8).lengths(8) == [4096, 1024, 256, 64]
+    assert chunking("cpu", most=7).cut(20) == [7, 7, 7]
+
+
+def test_every_chunking_holds_all_positions():
+    for platform in ("cpu", "tpu"):
+        for positions in range(1, 4097, 37):
+            cut = chunking(platform).cut(positions, 3)
+            assert sum(cut) - cut[-1] < positions <= sum(cut)
