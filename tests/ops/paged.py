@@ -1,0 +1,38 @@
+"""Pages for tests: in any order, and with numbers that show in slots that nobody may look at."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vl2_jax.ops.paging.pages import PAGE, full_table
+
+UNSEEN = 3e4  # finite, as a slot's old rows are; any weight that it is given shows
+
+
+def pages_for(kind, widths, key, positions, per, shuffled, dtype):
+    """(pages, table, positions) of sequences with as many filled slots as their positions say."""
+    batch = len(positions)
+    count = batch * per + (3 if shuffled else 0)
+    order = np.random.default_rng(int(jax.random.bits(key))).permutation(count)[: batch * per].reshape(batch, per)
+    table = jnp.asarray(order, jnp.int32) if shuffled else None
+    rows = [jax.random.normal(key, (*lead, count * PAGE, width), dtype) for *lead, width in widths]
+    seen = np.zeros((count, PAGE), bool)
+    for numbers, position in zip(np.asarray(full_table(kind.of_rows(*rows), table, batch)), positions):
+        for slot in range(position):
+            seen[numbers[slot // PAGE], slot % PAGE] = True
+    pages = kind.of_rows(*(jnp.where(seen.reshape(-1, 1), each, UNSEEN).astype(dtype) for each in rows))
+    return pages, table, jnp.asarray(positions, jnp.int32)
+
+
+def assert_only_new_rows_differ(before, after, table, positions, length, new):
+    """Every number of the pages is as it was, but the new rows, which are as given."""
+    expected = [np.array(rows) for rows in before.rows()]
+    table = np.asarray(full_table(before, table, len(positions)))
+    for sequence, position in enumerate(np.asarray(positions)):
+        for t in range(length if position >= 0 else 0):
+            slot = int(position) + t
+            at = table[sequence, slot // PAGE] * PAGE + slot % PAGE
+            for rows, given in zip(expected, new):
+                rows[..., at, :] = given[sequence, ..., t, :]
+    for rows, want in zip(after.rows(), expected):
+        np.testing.assert_array_equal(np.asarray(rows), want)

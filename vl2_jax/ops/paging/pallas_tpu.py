@@ -1,0 +1,369 @@
+"""Attention of few queries over pages as one Pallas kernel for TPUs: each filled page is read once, new rows written.
+
+    sequences     a: 9 pages     b: idle     c: 3 pages          blocks of 4 pages, one list of all
+    list          [a 0-3] [a 4-7] [a 8] [c 0-2]                  copies run on from one sequence into the next
+    a step        scores of the next block | softmax of this one | values of this one, weighted
+    beside        blocks further on arrive; new rows leave, and are waited for at the end
+
+A block's scores are computed one step before they are used, so that their way through the MXU and that of the weights
+(largest score, exponential, sum: each waits for the one before) do not wait for each other.
+
+B sequences, T new rows of each, M rows of queries (row `t * heads + head`, heads rounded up), s slots of a block, W
+width of what is mixed, V of what of it is the result. What is particular to latents or to heads is a `Form`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from vl2_jax.ops.paging.pages import PAGE, Pages, pages_a_sequence
+
+LANES = 128
+SLAB = 16  # rows of bfloat16 that are one tile of memory: less cannot be written
+_NEVER = -1e30  # a score that is not looked at
+
+
+class Plan(NamedTuple):
+    """Sizes of one call.
+
+    Attributes:
+      pages: of a block. Even: see `latent_attention.pallas_tpu`.
+      blocks: in vector memory, a power of two: one is computed with, one is scored, the others arrive.
+      vmem: bytes of vector memory the kernel may use.
+    """
+
+    pages: int
+    blocks: int
+    vmem: int
+
+
+class Form(NamedTuple):
+    """How a kind of attention looks at what is in vector memory. `blocks` are `[blocks, pages, ...]` of each array.
+
+    Attributes:
+      heads: rows of queries that stand for one position, a power of two.
+      mixed: W.
+      result: V.
+      score: (queries, sequence, blocks, number) -> `[M, s]`, in any order of the slots.
+      slot_of: which slot of the block a column of the scores is of.
+      mix: (weights `[M, s]`, blocks, number) -> `[M, W]`.
+      finish: `[M, W]` -> `[M, V]`.
+      slab: (array, row of a page, shape of a slab) -> where in a page the row's slab is, and which numbers are its.
+      new_row: (array, reference to the new rows, sequence) -> the one new row, as wide as a slab.
+      new_page: (array, reference to the new rows, sequence, offset, T) -> a page with new row t in row t + offset, and
+        which numbers of it are new.
+    """
+
+    heads: int
+    mixed: int
+    result: int
+    score: Callable[..., Array]
+    slot_of: Callable[[Array], Array]
+    mix: Callable[..., Array]
+    finish: Callable[[Array], Array]
+    slab: Callable[..., tuple[tuple[Any, ...], Array]]
+    new_row: Callable[..., Array]
+    new_page: Callable[..., tuple[Array, Array]]
+
+
+def attend(
+    form: Form,
+    queries: tuple[Float[Array, "B M ?Q"], ...],
+    new: tuple[Float[Array, "B ..."], ...],
+    pages: Pages,
+    table: Int[Array, "B per"] | None,
+    positions: Int[Array, " B"],
+    *,
+    length: int,
+    scale: float,
+    plan: Plan,
+    name: str,
+) -> tuple[Float[Array, "B M V"], Pages]:
+    """Results of all rows of queries, and the pages with `length` new rows of each sequence."""
+    sequences, rows, _ = queries[0].shape
+    per = pages_a_sequence(pages, table, sequences)
+    scalars = (positions,) if table is None else (positions, table.ravel())
+    first_page = len(scalars) + len(queries) + len(new)
+    scalar, vector, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.VMEM, pl.ANY))
+    out, *written = pl.pallas_call(
+        partial(
+            _kernel,
+            form=form,
+            counts=(len(scalars), len(queries), len(new)),
+            per=per,
+            length=length,
+            scale=scale,
+            plan=plan,
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((sequences, rows, form.result), queries[0].dtype),
+            *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pages),
+        ],
+        in_specs=[scalar] * len(scalars) + [vector] * (len(queries) + len(new)) + [hbm] * 2,
+        out_specs=[vector, hbm, hbm],
+        scratch_shapes=[
+            *(pltpu.VMEM(*buffer) for buffer in _vector_buffers(form, pages, sequences, rows, plan)),
+            pltpu.SMEM((sequences + 1,), jnp.int32),
+            pltpu.SMEM((plan.blocks,), jnp.int32),
+            pltpu.SMEM((plan.blocks,), jnp.int32),
+            pltpu.SemaphoreType.DMA((plan.blocks,)),
+            pltpu.SemaphoreType.DMA(()),
+        ],
+        input_output_aliases={first_page: 1, first_page + 1: 2},
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=plan.vmem),
+        name=name,
+    )(*scalars, *queries, *new, *pages)
+    return out, type(pages)(*written)
+
+
+def _vector_buffers(
+    form: Form, pages: Pages, sequences: int, rows: int, plan: Plan
+) -> list[tuple[tuple[int, ...], Any]]:
+    """(shape, dtype) of all scratch in vector memory, in the order of `_kernel`'s parameters."""
+    slabs = [(sequences, *array.shape[1:-2], SLAB, array.shape[-1]) for array in pages]
+    return [
+        *(((plan.blocks, plan.pages, *array.shape[1:]), array.dtype) for array in pages),  # blocks
+        *((slab, array.dtype) for slab, array in zip(slabs, pages)),  # new rows, leaving
+        ((rows, plan.pages * PAGE), jnp.float32),  # scores of the next block
+        ((rows, LANES), jnp.float32),  # the largest of the sequence
+        ((rows, LANES), jnp.float32),  # sums of the weights
+        ((rows, form.mixed), jnp.float32),  # values, weighted
+    ]
+
+
+def rows_of(length: int, heads: int) -> int:
+    """Rows of queries of a sequence: heads a power of two, so that a shift gives a row's position; whole slabs."""
+    return -(-length * power_of_two(heads) // SLAB) * SLAB
+
+
+def power_of_two(n: int) -> int:
+    """The lowest that is not below `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def as_rows(queries: Float[Array, "B T H Q"], heads: int, rows: int) -> Float[Array, "B M Q"]:
+    """Queries as the kernel takes them, with rows of zeros where there is no head or no position."""
+    batch, length, given, width = queries.shape
+    flat = jnp.pad(queries, ((0, 0), (0, 0), (0, heads - given), (0, 0))).reshape(batch, length * heads, width)
+    return jnp.pad(flat, ((0, 0), (0, rows - length * heads), (0, 0)))
+
+
+def product(left: Array, right: Array, axis: int) -> Array:
+    """Float32 product over the last axis of `left` and an axis of `right`, in the kernel."""
+    return lax.dot_general(left, right, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def vector_bytes(form: Form, pages: Pages, sequences: int, rows: int, plan: Plan) -> int:
+    """Vector memory that the kernel's scratch takes."""
+    buffers = _vector_buffers(form, pages, sequences, rows, plan)
+    return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in buffers)
+
+
+def _kernel(*refs, form, counts, per, length, scale, plan):
+    scalars, queries, new, (*pages_in, out, page_a, page_b), scratch = _split(refs, *counts, 5)
+    del pages_in  # the same memory as the pages that leave
+    (block_a, block_b, stage_a, stage_b, scores, largest, total, mixed, active, sequence_of, block_of, arrived,
+     left) = scratch  # fmt: skip
+    positions, table = scalars[0], scalars[1] if len(scalars) > 1 else None
+    pages, blocks, stages = (page_a, page_b), (block_a, block_b), (stage_a, stage_b)
+    size, mask = plan.pages * PAGE, plan.blocks - 1
+    f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
+
+    # Which sequences have work, and how many blocks there are.
+
+    def list_sequence(sequence, carry):
+        count, steps = carry
+        is_active = positions[sequence] >= 0
+
+        @pl.when(jnp.logical_not(is_active))
+        def _():
+            out[sequence] = jnp.zeros(out.shape[1:], out.dtype)
+
+        active[count] = sequence
+        return count + is_active.astype(i32), steps + jnp.where(is_active, _blocks(sequence), 0)
+
+    def _blocks(sequence):
+        return (positions[sequence] + length - 1) // size + 1
+
+    count, steps = lax.fori_loop(0, positions.shape[0], list_sequence, (jnp.int32(0), jnp.int32(0)))
+
+    # Copies of blocks: of the pages that exist.
+
+    def page_of(sequence, number):
+        at = sequence * per + number
+        return at if table is None else table[at]
+
+    def existing(number):
+        """Pages of the block `number` in vector memory that are filled, at least in part."""
+        end = (positions[sequence_of[number]] + length - 1) // PAGE + 1
+        return jnp.minimum(end - block_of[number] * plan.pages, plan.pages)
+
+    def page_copies(number, i):
+        page = page_of(sequence_of[number], block_of[number] * plan.pages + i)
+        return [pltpu.make_async_copy(p.at[page], b.at[number, i], arrived.at[number]) for p, b in zip(pages, blocks)]
+
+    def block_copies(number):
+        first = page_of(sequence_of[number], block_of[number] * plan.pages) if table is None else 0
+        return [
+            pltpu.make_async_copy(p.at[pl.ds(first, plan.pages)], b.at[number], arrived.at[number])
+            for p, b in zip(pages, blocks)
+        ]
+
+    def each_page(number, do):
+        def body(i, _):
+            do(page_copies(number, i))
+            return 0
+
+        lax.fori_loop(0, existing(number), body, 0)
+
+    def fetch(step, cursor):
+        """Asks for the block at the cursor (index of an active sequence, block), and moves the cursor on."""
+        index, block = cursor
+        number = step & mask
+
+        @pl.when(step < steps)
+        def _():
+            sequence_of[number], block_of[number] = active[index], block
+            is_full = existing(number) == plan.pages
+
+            if table is None and per >= plan.pages:
+                pl.when(is_full)(lambda: _start(block_copies(number)))
+                pl.when(jnp.logical_not(is_full))(lambda: each_page(number, _start))
+            else:
+                each_page(number, _start)
+
+            # What never was filled may hold anything, of which a weight of 0 would make NaN.
+            @pl.when((step < plan.blocks) & jnp.logical_not(is_full))
+            def _():
+                def clear(i, _):
+                    for b in blocks:
+                        b[number, i] = jnp.zeros(b.shape[2:], b.dtype)
+                    return 0
+
+                lax.fori_loop(existing(number), plan.pages, clear, 0)
+
+        ends = block + 1 == _blocks(active[jnp.minimum(index, count - 1)])
+        return index + ends.astype(i32), jnp.where(ends, 0, block + 1)
+
+    def await_block(number):
+        is_full = existing(number) == plan.pages
+        if per >= plan.pages:
+            pl.when(is_full)(lambda: _await(block_copies(number)))
+            pl.when(jnp.logical_not(is_full))(lambda: each_page(number, _await))
+        else:
+            each_page(number, _await)
+
+    # New rows: put into their block, and sent to their page.
+
+    def put_one(number):
+        sequence = sequence_of[number]
+        at = positions[sequence] - block_of[number] * size
+        i, row = at // PAGE, at % PAGE
+        page = page_of(sequence, positions[sequence] // PAGE)
+        for array, (p, b, stage, given) in enumerate(zip(pages, blocks, stages, new)):
+            index, its = form.slab(array, row, stage.shape[1:])
+            value = form.new_row(array, given, sequence)
+            merged = jnp.where(its, value.astype(f32), b[(number, i, *index)].astype(f32)).astype(bf16)
+            b[(number, i, *index)] = merged
+            stage[sequence] = merged
+            pltpu.make_async_copy(stage.at[sequence], p.at[(page, *index)], left).start()
+
+    def put_many(number):
+        """Whole pages, waited for at once: a chunk of rows touches one or two."""
+        sequence = sequence_of[number]
+        position, first = positions[sequence], block_of[number] * plan.pages
+
+        def put_page(i, _):
+            for array, (p, b, given) in enumerate(zip(pages, blocks, new)):
+                value, its = form.new_page(array, given, sequence, position - (first + i) * PAGE, length)
+                b[number, i] = jnp.where(its, value, b[number, i].astype(f32)).astype(bf16)
+                copy = pltpu.make_async_copy(b.at[number, i], p.at[page_of(sequence, first + i)], left)
+                copy.start()
+                copy.wait()
+            return 0
+
+        begin = jnp.maximum(position // PAGE - first, 0)
+        lax.fori_loop(begin, jnp.minimum((position + length - 1) // PAGE + 1 - first, plan.pages), put_page, 0)
+
+    def receive(number):
+        await_block(number)
+        if length > 1:
+            put_many(number)
+        else:
+            pl.when(block_of[number] == _blocks(sequence_of[number]) - 1)(lambda: put_one(number))
+
+    # One block: scores a step ahead, then softmax and values.
+
+    def score(number, sequence):
+        return form.score(queries, sequence, blocks, number) * scale
+
+    row_position = lax.broadcasted_iota(i32, scores.shape, 0) >> (form.heads.bit_length() - 1)
+    column_slot = form.slot_of(lax.broadcasted_iota(i32, scores.shape, 1))
+
+    def step(this, cursor):
+        cursor = fetch(this + plan.blocks - 1, cursor)
+        number, following = this & mask, (this + 1) & mask
+        sequence, block = sequence_of[number], block_of[number]
+        pl.when(this + 1 < steps)(lambda: receive(following))
+        is_first = block == 0
+        seen = column_slot - row_position <= positions[sequence] - block * size
+        mine = jnp.where(seen, scores[...], _NEVER)
+        before = jnp.where(is_first, _NEVER, largest[...])
+        larger = jnp.maximum(before, jnp.max(mine, axis=1, keepdims=True))
+        scores[...] = score(following, jnp.where(this + 1 < steps, sequence_of[following], sequence))
+        weights = jnp.exp(mine - larger[:, :1])
+        keep = jnp.exp(before - larger)
+        sums = jnp.where(is_first, 0, total[...]) * keep + jnp.sum(weights, axis=1, keepdims=True)
+        values = form.mix(weights.astype(bf16), blocks, number)
+        values += jnp.where(is_first, 0, mixed[...]) * keep[:, :1]
+        largest[...], total[...], mixed[...] = larger, sums, values
+        out[sequence] = form.finish(values * (1 / sums[:, :1])).astype(out.dtype)  # the last block's stays
+        return cursor
+
+    @pl.when(steps > 0)
+    def _():
+        cursor = jnp.int32(0), jnp.int32(0)
+        for ahead in range(plan.blocks - 1):
+            cursor = fetch(jnp.int32(ahead), cursor)
+        receive(jnp.int32(0))
+        scores[...] = score(0, sequence_of[0])
+        lax.fori_loop(0, steps, step, cursor)
+
+    if length == 1:
+
+        def await_rows(_, carry):
+            for array, (p, stage) in enumerate(zip(pages, stages)):
+                index, _ = form.slab(array, 0, stage.shape[1:])
+                pltpu.make_async_copy(stage.at[0], p.at[(0, *index)], left).wait()
+            return carry
+
+        lax.fori_loop(0, count, await_rows, 0)
+
+
+def _start(copies):
+    for copy in copies:
+        copy.start()
+
+
+def _await(copies):
+    for copy in copies:
+        copy.wait()
+
+
+def _split(values, *sizes):
+    """`values` in parts of so many, and the rest."""
+    parts = []
+    for size in sizes:
+        parts.append(values[:size])
+        values = values[size:]
+    return (*parts, values)
