@@ -25,8 +25,10 @@ from jaxtyping import Array, Float
 
 from vl2_jax.inference.answers import Timings
 from vl2_jax.inference.chunks import Chunking
-from vl2_jax.model.decoder import Cache, init_cache, laid_out
+from vl2_jax.model.decoder import Cache, init_cache
+from vl2_jax.model.layers import cache_axes
 from vl2_jax.model.vl2 import Params, VL2Model, apply
+from vl2_jax.ops.paging.pages import PAGE
 from vl2_jax.processing.batch import TEXT, Encoded, renumbered_rows
 from vl2_jax.progress import Report, silent
 
@@ -74,10 +76,10 @@ def prefill(
     if memory is not None and not start:
         memory.free()
     if memory is not None and start:
-        cache = _grown(model, memory, capacity_for(model, batch, capacity))
+        cache = _grown(memory, capacity_for(model, batch, capacity))
     else:
         cache = empty_cache(model, batch, capacity_for(model, batch, capacity))
-    room = slots_of(model, cache)
+    room = slots_of(cache)
 
     begun = time.perf_counter()
     lengths = [min(length, room) for length in chunking.cut(longest - start, batch)]
@@ -118,7 +120,7 @@ def compile_prefill(
     hidden: Any = np.zeros((batch, config.language_config.hidden_size), model.dtype)
     cache = empty_cache(model, batch, capacity_for(model, batch, config.language_config.max_position_embeddings))
     last = np.full(batch, -1, np.int32)
-    for number, length in enumerate(min(length, slots_of(model, cache)) for length in lengths):
+    for number, length in enumerate(min(length, slots_of(cache)) for length in lengths):
         report("compiling for prompts", number, len(lengths))
         ids = np.zeros((batch, length), np.int32)
         hidden, cache = prefill_chunk(
@@ -159,12 +161,9 @@ def bucket(size: int, smallest: int) -> int:
     return power * 3 // 4 if power * 3 // 4 >= max(size, smallest) and power % 4 == 0 else power
 
 
-def slots_of(model: VL2Model, cache: Cache) -> int:
-    return cache[0][0].shape[_slot_axis(model)]
-
-
-def _slot_axis(model: VL2Model) -> int:
-    return 1 if model.config.language_config.use_mla else 2
+def slots_of(cache: Cache) -> int:
+    """Positions a cache has room for, of each sequence."""
+    return cache[0][0].shape[1] * PAGE
 
 
 def matmul_precision(dtype: Any) -> Any:
@@ -221,13 +220,13 @@ def prefill_chunk(
     return model.layout.constrain(hidden, None, None), out.cache
 
 
-def _grown(model: VL2Model, memory: Memory, capacity: int) -> Cache:
+def _grown(memory: Memory, capacity: int) -> Cache:
     """The remembered cache with room for `capacity` positions."""
-    missing, axis = capacity - slots_of(model, memory.cache), _slot_axis(model)
+    missing = -(-capacity // PAGE) - memory.cache[0][0].shape[1]
     if missing <= 0:
         return memory.cache
     return each_replaced(
-        memory.cache, lambda old: jnp.pad(old, [(0, missing if a == axis else 0) for a in range(old.ndim)])
+        memory.cache, lambda old: jnp.pad(old, [(0, missing if axis == 1 else 0) for axis in range(old.ndim)])
     )
 
 
@@ -245,10 +244,8 @@ def each_replaced(cache: Cache, change: Callable[[Array], Array]) -> Cache:
 @partial(jax.jit, static_argnums=(0, 2))
 def repeat(model: VL2Model, rows: Array, n: int) -> Array:
     """Every row of a batch `n` times, laid out as what it was."""
-    repeated = jnp.repeat(rows, n, axis=0)
-    if rows.ndim == 2:  # hidden rows
-        return model.layout.constrain(repeated, None, None)
-    return laid_out((repeated,), model.layout)[0]
+    axes = (None, None) if rows.ndim == 2 else cache_axes(rows.ndim)  # hidden rows, or an array of a cache
+    return model.layout.constrain(jnp.repeat(rows, n, axis=0), *axes)
 
 
 def _tell(report: Report, phase: str, done: int, total: int, result: Any) -> None:

@@ -1,12 +1,12 @@
 """Self-attention of the decoder: latent (MLA) and multi-head (MHA), with and without a cache (SPEC 5.2, 5.3).
 
-B batch, T query positions, S cache positions, D model width, H heads, K head width, R latent rank, P rope width.
-A cache holds position s of every sequence in slot s, so that a mask needs nothing but positions.
+B batch, T query positions, D model width, H heads, K head width, R latent rank, P rope width.
+A cache holds position s of every sequence in slot s of its pages (`ops.paging`), so that it needs no mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,25 +17,44 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.layers import ONE_DEVICE, Dtype, Layout, Linear, RMSNorm, adapter_of, attend, declare, softmax
+from vl2_jax.model.layers import (
+    ONE_DEVICE,
+    Axes,
+    Dtype,
+    Layout,
+    Linear,
+    RMSNorm,
+    adapter_of,
+    attend,
+    cache_axes,
+    declare,
+    softmax,
+)
 from vl2_jax.model.rope import rotate, softmax_scale
+from vl2_jax.ops.latent_attention.api import latent_attention
+from vl2_jax.ops.latent_attention.expanded import expand, expanded_attention
+from vl2_jax.ops.multi_head_attention.api import multi_head_attention
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
 
 _MOST_ROWS_A_BLOCK = 512
 _PACKED_BLOCK = 128
 BRANCH = 1 << 16  # above the number of a document in its segment: which of its branches
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
-LayerCache = tuple[Array, ...]
+LayerCache = LatentPages | HeadPages  # with an axis of sequences before that of pages
+
+_ROWS: Axes = ("batch", None, None)
+_BY_HEAD: Axes = ("batch", None, "heads", None)
 
 
 class Placement(NamedTuple):
     """Where the rows of one pass stand in their sequences and what they may see: the same for every layer."""
 
     positions: Int[Array, "B T"]
-    mask: Bool[Array, "B T S"]
+    mask: Bool[Array, "B T T"] | None  # None with a cache: a query sees all up to its own position
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
     documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `attend_packed`
-    exists: Bool[Array, "B T"] | None = None  # no expert computes the others, whose results nobody uses
+    exists: Bool[Array, "B T"] | None = None  # nobody uses the results of others, and no expert computes them
 
 
 class LatentAttention(nn.Module):
@@ -59,7 +78,7 @@ class LatentAttention(nn.Module):
         cache: LayerCache | None = None,
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        config, (positions, mask, tables, documents, _) = self.config, placement
+        config, tables = self.config, placement.tables
         heads, nope, rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         rank, value_dim = config.kv_lora_rank, config.v_head_dim
         assert rank is not None
@@ -82,53 +101,42 @@ class LatentAttention(nn.Module):
         compressed = linear(rank + rope, ("embed", None), "kv_a_proj_with_mqa")(x)
         latent = norm("kv_a_layernorm")(compressed[..., :rank])
         k_rope = rotate(compressed[..., None, rank:], *tables, interleaved=True)[:, :, 0]
-        rows = jnp.concatenate([latent, k_rope], axis=-1)
-        if cache is not None:
-            cache = (write_cache(cache[0], rows, positions, 1, self.layout),)
-            rows = cache[0]
-
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
         kv_b = rearrange(kv_b.astype(self.dtype), "r (h k) -> r h k", h=heads)
         pair = adapter_of(self, "kv_b_proj", self.dtype)
-        factors = None if pair is None else (pair[0], rearrange(pair[1], "a (h k) -> a h k", h=heads))
+        factors = () if pair is None else (pair[0], rearrange(pair[1], "a (h k) -> a h k", h=heads))
         scale = softmax_scale(config)
         if absorbed is None:
             absorbed = cache is not None and x.shape[1] < _absorbed_below(config)
         with jax.named_scope("absorbed_attention" if absorbed else "expanded_attention"):
             if absorbed:
                 q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, kv_b[..., :nope])
-                if factors is not None:
+                if factors:
                     narrow = jnp.einsum("bthn,ahn->btha", q_nope, factors[1][..., :nope])
                     q_latent += jnp.einsum("btha,ra->bthr", narrow, factors[0])
-                q_rows = jnp.concatenate([q_latent, q_rope], axis=-1)
-                scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
-                probabilities = softmax(scores, mask).astype(self.dtype)
-                # Of whole rows, the rotated part included: a slice of the cache would be a copy of it.
-                mixed = jnp.einsum("bhts,bsw->bthw", probabilities, rows)[..., :rank]
+                if cache is None:
+                    q_rows = jnp.concatenate([q_latent, q_rope], axis=-1)
+                    rows = jnp.concatenate([latent, k_rope], axis=-1)
+                    scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
+                    mixed = jnp.einsum("bhts,bsr->bthr", softmax(scores, placement.mask).astype(self.dtype), latent)
+                else:
+                    attention = partial(latent_attention, scale=scale)
+                    arrays = [(q_latent, _BY_HEAD), (q_rope, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS)]
+                    mixed, cache = over_pages(self.layout, attention, arrays, cache, placement)
                 out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
-                if factors is not None:
+                if factors:
                     out += jnp.einsum("btha,ahv->bthv", mixed @ factors[0], factors[1][..., nope:])
             else:
-
-                def expand(rows: Float[Array, "B S R+P"]) -> tuple[Float[Array, "B H S K"], Float[Array, "B H S V"]]:
-                    expanded = jnp.einsum("bsr,rhk->bhsk", rows[..., :rank], kv_b)
-                    if factors is not None:
-                        expanded += jnp.einsum("bsa,ahk->bhsk", rows[..., :rank] @ factors[0], factors[1])
-                    shared = jnp.broadcast_to(rows[:, None, :, rank:], (*expanded.shape[:3], rope))
-                    return jnp.concatenate([expanded[..., :nope], shared], axis=-1), expanded[..., nope:]
-
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
                 if cache is None:
-                    keys, values = (rearrange(part, "b h s k -> b s h k") for part in expand(rows))
-                    out = attend_to_all(queries, keys, values, mask, documents, scale)
+                    parts = expand(latent, k_rope, kv_b, nope, *factors)
+                    keys, values = (rearrange(part, "b h s k -> b s h k") for part in parts)
+                    out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale)
                 else:
-                    out = attend_to_filled(
-                        queries,
-                        lambda begin, size: expand(jax.lax.dynamic_slice_in_dim(rows, begin, size, axis=1)),
-                        rows.shape[1],
-                        positions,
-                        scale,
-                    )
+                    attention = partial(expanded_attention, scale=scale)
+                    arrays = [(queries, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS), (kv_b, (None, "heads", None))]
+                    arrays += zip(factors, ((None, None), (None, "heads", None)))
+                    out, cache = over_pages(self.layout, attention, arrays, cache, placement)
         out = rearrange(out, "b t h v -> b t (h v)")
         return linear(config.hidden_size, ("heads", "embed"), "o_proj")(out), cache
 
@@ -150,7 +158,7 @@ class MultiHeadAttention(nn.Module):
         absorbed: bool | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         del absorbed  # there is one form only
-        config, (positions, mask, tables, documents, _) = self.config, placement
+        config = self.config
         heads = config.num_attention_heads
         init = nn.initializers.normal(config.initializer_range)
 
@@ -161,20 +169,14 @@ class MultiHeadAttention(nn.Module):
             rearrange(linear(("embed", "heads"), name)(x), "b t (h k) -> b t h k", h=heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        queries, keys = (rotate(rows, *tables, interleaved=False) for rows in (queries, keys))
-        if cache is not None:
-            # [B, H, S, K]: the two last axes fill a TPU's tiles whatever the number of heads.
-            new = (rearrange(rows, "b t h k -> b h t k") for rows in (keys, values))
-            cache = tuple(write_cache(old, rows, positions, 2, self.layout) for old, rows in zip(cache, new))
+        queries, keys = (rotate(rows, *placement.tables, interleaved=False) for rows in (queries, keys))
         scale = softmax_scale(config)
         if cache is None:
-            out = attend_to_all(queries, keys, values, mask, documents, scale)
+            out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale)
         else:
-
-            def block(begin: Array, size: int) -> tuple[Array, ...]:
-                return tuple(jax.lax.dynamic_slice_in_dim(rows, begin, size, axis=2) for rows in cache)
-
-            out = attend_to_filled(queries, block, cache[0].shape[2], positions, scale)
+            attention = partial(multi_head_attention, scale=scale)
+            arrays = [(rows, _BY_HEAD) for rows in (queries, keys, values)]
+            out, cache = over_pages(self.layout, attention, arrays, cache, placement)
         out = rearrange(out, "b t h k -> b t (h k)")
         return linear(("heads", "embed"), "o_proj")(out), cache
 
@@ -183,7 +185,7 @@ def attend_to_all(
     queries: Float[Array, "B T H K"],
     keys: Float[Array, "B T H K"],
     values: Float[Array, "B T H V"],
-    mask: Bool[Array, "B T T"],
+    mask: Bool[Array, "B T T"] | None,
     documents: Int[Array, "B T"] | None,
     scale: float,
 ) -> Float[Array, "B T H V"]:
@@ -238,59 +240,34 @@ def sees(queries: Int[Array, ...], keys: Int[Array, ...]) -> Bool[Array, ...]:
     return (queries == keys) | (queries % BRANCH == keys)
 
 
-def attend_to_filled(
-    queries: Float[Array, "B T H K"],
-    block: Callable[[Array, int], tuple[Array, ...]],
-    slots: int,
-    positions: Int[Array, "B T"],
-    scale: float,
-) -> Float[Array, "B T H V"]:
-    """Softmax attention to the slots of a cache up to each query's position, block by block.
-
-    The number of blocks is a value, not a shape: a short prompt in a long cache costs what a short cache would, a block
-    of queries skips the slots that all of them are before, and nothing recompiles. Sums are rescaled as the largest
-    score grows (Milakov and Gimelshein, arXiv 1805.02867).
+def over_pages(
+    layout: Layout,
+    attention: Callable[..., tuple[Array, Any]],
+    arrays: Sequence[tuple[Array, Axes]],
+    cache: LayerCache,
+    placement: Placement,
+) -> tuple[Array, LayerCache]:
+    """`attention` of new rows to a layer's cache, each device with its own sequences and heads.
 
     Args:
-      block: keys `[B, H, size, K]` and values `[B, H, size, V]` of the slots from `begin` on.
-      slots: of the cache.
-      positions: of the queries, growing along T; each sees the slots up to its own.
+      attention: of `ops.latent_attention` or `ops.multi_head_attention`.
+      arrays: its first arguments, with the names of their axes.
     """
-    batch, length, heads, _ = queries.shape
-    size, taken = _block_size(slots), _block_size(length)
-    by_head = rearrange(queries, "b t h k -> b h t k")
+    begins = placement.positions[:, 0]
+    if placement.exists is not None:
+        begins = jnp.where(placement.exists.any(axis=1), begins, -1)
 
-    def slot_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        begin = number * size
-        keys, values = block(begin, size)
+    def of_own(*arrays: Array) -> tuple[Array, ...]:
+        *rows, first, second, begins = arrays
+        pages = type(cache)(*(array.reshape(-1, *array.shape[2:]) for array in (first, second)))
+        out, pages = attention(*rows, pages=pages, table=None, positions=begins)
+        return out, *(new.reshape(old.shape) for new, old in zip(pages, (first, second)))
 
-        def query_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            def part(rows: Array, axis: int = 2) -> Array:
-                return jax.lax.dynamic_slice_in_dim(rows, number * taken, taken, axis)
-
-            largest, total, mixed = map(part, sums)
-            scores = jnp.einsum("bhtk,bhsk->bhts", part(by_head), keys, preferred_element_type=jnp.float32) * scale
-            seen = begin + jnp.arange(size) <= part(positions, 1)[:, None, :, None]
-            scores = jnp.where(seen, scores, -jnp.inf)
-            larger = jnp.maximum(largest, scores.max(axis=-1))
-            weights, keep = jnp.exp(scores - larger[..., None]), jnp.exp(largest - larger)
-            new = jnp.einsum(
-                "bhts,bhsv->bhtv", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-            )
-            parts = (larger, total * keep + weights.sum(axis=-1), mixed * keep[..., None] + new)
-            return tuple(
-                jax.lax.dynamic_update_slice_in_dim(rows, part, number * taken, 2) for rows, part in zip(sums, parts)
-            )
-
-        too_early = (positions.max(axis=0) < begin).sum()
-        return jax.lax.fori_loop(too_early // taken, length // taken, query_step, sums)
-
-    # Slot 0 is seen by every query, so the largest score is finite from the first block on.
-    _, values = jax.eval_shape(lambda: block(jnp.int32(0), size))
-    sums = (jnp.full((batch, heads, length), -jnp.inf), jnp.zeros((batch, heads, length)))
-    start = (*sums, jnp.zeros((batch, heads, length, values.shape[-1])))
-    _, total, mixed = jax.lax.fori_loop(0, positions.max() // size + 1, slot_step, start)
-    return rearrange(mixed / total[..., None], "b h t v -> b t h v").astype(queries.dtype)
+    axes_of_cache = [cache_axes(array.ndim) for array in cache]
+    axes = [*(names for _, names in arrays), *axes_of_cache, ("batch",)]
+    values = [*(array for array, _ in arrays), *cache, begins]
+    out, *pages = layout.on_own_parts(of_own, axes, [_BY_HEAD, *axes_of_cache], *values)
+    return out, type(cache)(*pages)
 
 
 def _block_size(rows: int, most: int = _MOST_ROWS_A_BLOCK) -> int:
@@ -299,36 +276,14 @@ def _block_size(rows: int, most: int = _MOST_ROWS_A_BLOCK) -> int:
     return next((size for size in sizes if size <= most), rows)
 
 
-def write_cache(
-    cache: Array, rows: Array, positions: Int[Array, "B T"], axis: int, layout: Layout = ONE_DEVICE
-) -> Array:
-    """The cache with new rows in the slots of their positions.
-
-    One row a sequence goes wherever that sequence is; more rows are consecutive and start at the same position. Rows
-    are written one by one: for a scatter, XLA copies the whole cache on a TPU, three times a layer and token.
-    """
-    rows = rows.astype(cache.dtype)
-    if positions.shape[1] > 1:
-        return jax.lax.dynamic_update_slice_in_dim(cache, rows, positions[0, 0], axis)
-
-    def write(cache: Array, rows: Array, positions: Array) -> Array:
-        def write_one(sequence: Array, cache: Array) -> Array:
-            begin: list[Any] = [sequence, *[0] * (cache.ndim - 1)]
-            begin[axis] = positions[sequence, 0]
-            row = jax.lax.dynamic_slice_in_dim(rows, sequence, 1)
-            return jax.lax.dynamic_update_slice(cache, row, begin)
-
-        return jax.lax.fori_loop(0, positions.shape[0], write_one, cache)
-
-    return layout.on_own_sequences(write, cache, rows, positions)
-
-
 def init_layer_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> LayerCache:
-    """An empty cache of one layer: `[B, S, R + P]` for latent attention, two `[B, H, S, K]` for multi-head."""
+    """An empty cache of one layer: n whole pages of each sequence, `[B, n, ...]`; see `ops.paging.pages`."""
+    count = -(-length // PAGE)
     if config.use_mla:
-        return (jnp.zeros((batch, length, config.cache_width), dtype),)
-    shape = (batch, config.num_key_value_heads, length, config.head_dim)
-    return (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        latents = jnp.zeros((batch, count, PAGE, config.kv_lora_rank), dtype)
+        return LatentPages(latents, jnp.zeros((batch, count, PAGE // 2, 2 * config.qk_rope_head_dim), dtype))
+    shape = (batch, count, config.num_key_value_heads, PAGE, config.head_dim)
+    return HeadPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def _absorbed_below(config: LanguageConfig) -> float:

@@ -85,7 +85,7 @@ class Decoder(nn.Module):
           absorbed: see `LatentAttention`.
           packed: padding gives nothing that is used, so it need not attend as released.
         """
-        mask = _causal_mask(positions, segments) if cache is None else _cache_mask(self.config, positions, cache)
+        mask = _causal_mask(positions, segments) if cache is None else None
         exists = None if cache is None or segments is None else segments > 0
         tables = rotary_tables(self.config, positions)
         placement = Placement(positions, mask, tables, segments if packed else None, exists)
@@ -179,7 +179,7 @@ def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype, la
 
 def laid_out(cache: LayerCache, layout: Layout) -> LayerCache:
     """Sequences are spread over devices, and so are heads; latents have none, so tensor parallelism repeats them."""
-    return tuple(layout.constrain(rows, *cache_axes(rows.ndim)) for rows in cache)
+    return type(cache)(*(layout.constrain(rows, *cache_axes(rows.ndim)) for rows in cache))
 
 
 def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:
@@ -188,8 +188,3 @@ def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | Non
     if segments is None:
         return causal
     return causal & sees(segments[:, :, None], segments[:, None, :]) & (segments[:, None, :] > 0)
-
-
-def _cache_mask(config: LanguageConfig, positions: Int[Array, "B T"], cache: Cache) -> Bool[Array, "B T S"]:
-    slots = cache[0][0].shape[1 if config.use_mla else 2]
-    return jnp.arange(slots) <= positions[:, :, None]

@@ -21,6 +21,7 @@ from vl2_jax.ops.expert_ffn.api import ExpertAdapters, expert_ffn
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
+Axes = tuple[str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class Layout:
         del axes
         return x
 
-    def on_own_sequences(self, function: Callable[..., Array], cache: Array, rows: Array, positions: Array) -> Array:
-        """`function(cache, rows, positions)` of the sequences (and heads, if there are) that each device has."""
-        return function(cache, rows, positions)
+    def on_own_parts(
+        self, function: Callable[..., tuple[Array, ...]], axes: Sequence[Axes], results: Sequence[Axes], *arrays: Array
+    ) -> tuple[Array, ...]:
+        """`function(*arrays)` of the parts that each device has, by the logical names of the axes of all arrays.
 
-    def on_own_tiles(self, function: Callable[[Array], Array], tiles: Array) -> Array:
-        """`function(tiles)` of the tiles that each device has."""
-        return function(tiles)
+        Args:
+          axes: of every argument; names that are alike must be of the same size.
+          results: axes of what comes out.
+        """
+        return function(*arrays)
 
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         """The sum of `function(shared, *rows)` over the sequences that each device has; `shared` travels once."""
@@ -73,9 +77,11 @@ ONE_DEVICE = Layout()
 ADAPTERS = "adapters"  # the collection of variables beside "params"; where there is one argument, it stands in it
 
 
-def cache_axes(rank: int) -> tuple[str | None, ...]:
-    """Logical axes of an array of a cache: latents `[B, S, R + P]` have no heads, keys and values `[B, H, S, K]` do."""
-    return ("batch", "heads", None, None) if rank == 4 else ("batch", None, None)
+def cache_axes(rank: int) -> Axes:
+    """Logical axes of an array of a cache: latents have no heads (`[B, n, ...]`), keys and values have
+    (`[B, n, H, 128, K]`).
+    """
+    return ("batch", None, "heads", None, None) if rank == 5 else ("batch", None, None, None)
 
 
 def variables_of(module: nn.Module, name: str) -> dict[str, Any]:

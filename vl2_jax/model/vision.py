@@ -5,7 +5,6 @@ I tiles, S pixels along a side, L patches, W width. The last block's output afte
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -115,7 +114,10 @@ class VisionBlock(nn.Module):
             return Linear(features, axes, self.dtype, self.param_dtype, use_bias=True, name=name)
 
         qkv = linear(3 * width, ("vision_embed", "vision_heads"), "qkv")(norm("norm1")(x))
-        mixed = self.layout.on_own_tiles(partial(vision_attention, heads=heads), qkv)
+        whole_tiles = ("tile", None, None)
+        (mixed,) = self.layout.on_own_parts(
+            lambda qkv: (vision_attention(qkv, heads),), [whole_tiles], [whole_tiles], qkv
+        )
         x += linear(width, ("vision_heads", "vision_embed"), "proj")(mixed)
         hidden = linear(self.config.mlp_width, ("vision_embed", "vision_mlp"), "fc1")(norm("norm2")(x))
         return x + linear(width, ("vision_mlp", "vision_embed"), "fc2")(nn.gelu(hidden, approximate=True))

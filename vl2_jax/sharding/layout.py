@@ -11,7 +11,7 @@ n tokens of one device, N of all devices along `expert`, D model width, E expert
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.model.layers import Layout, cache_axes
+from vl2_jax.model.layers import Axes, Layout
 from vl2_jax.ops.expert_ffn.api import ExpertAdapters, expert_ffn
 from vl2_jax.sharding.ragged import exchange_and_compute
 from vl2_jax.sharding.rules import EXPERT, TENSOR, sharding_of, spec_of
@@ -47,16 +47,15 @@ class MeshLayout(Layout):
     def constrain(self, x: Array, *axes: str | None) -> Array:
         return jax.lax.with_sharding_constraint(x, sharding_of(self.mesh, x.shape, axes))
 
-    def on_own_sequences(self, function: Callable[..., Array], cache: Array, rows: Array, positions: Array) -> Array:
-        own = spec_of(self.mesh, cache.shape, cache_axes(cache.ndim))
-        numbers = spec_of(self.mesh, positions.shape, ("batch", None))
-        return jax.shard_map(function, mesh=self.mesh, in_specs=(own, own, numbers), out_specs=own, check_vma=False)(
-            cache, rows, positions
-        )
+    def on_own_parts(
+        self, function: Callable[..., tuple[Array, ...]], axes: Sequence[Axes], results: Sequence[Axes], *arrays: Array
+    ) -> tuple[Array, ...]:
+        def specs(arrays: Sequence[Any], axes: Sequence[Axes]) -> tuple[PartitionSpec, ...]:
+            return tuple(spec_of(self.mesh, array.shape, names) for array, names in zip(arrays, axes, strict=True))
 
-    def on_own_tiles(self, function: Callable[[Array], Array], tiles: Array) -> Array:
-        own = spec_of(self.mesh, tiles.shape, ("tile", *[None] * (tiles.ndim - 1)))
-        return jax.shard_map(function, mesh=self.mesh, in_specs=own, out_specs=own, check_vma=False)(tiles)
+        out = specs(jax.eval_shape(function, *arrays), results)
+        on_one = jax.shard_map(function, mesh=self.mesh, in_specs=specs(arrays, axes), out_specs=out, check_vma=False)
+        return on_one(*arrays)
 
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         axes = _axes_of(spec_of(self.mesh, rows[0].shape, ("batch", *[None] * (rows[0].ndim - 1))), 0)
