@@ -31,7 +31,7 @@ from vl2_jax.model.layers import (
     softmax,
 )
 from vl2_jax.model.rope import rotate, softmax_scale
-from vl2_jax.ops.latent_attention.api import latent_attention
+from vl2_jax.ops.latent_attention.absorbed import absorbed_attention, to_latents, to_values
 from vl2_jax.ops.latent_attention.expanded import expand, expanded_attention
 from vl2_jax.ops.multi_head_attention.api import multi_head_attention
 from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
@@ -95,48 +95,34 @@ class LatentAttention(nn.Module):
         else:
             low_rank = norm("q_a_layernorm")(linear(config.q_lora_rank, ("embed", None), "q_a_proj")(x))
             queries = linear(heads * (nope + rope), (None, "heads"), "q_b_proj")(low_rank)
-        queries = rearrange(queries, "b t (h k) -> b t h k", h=heads)
+        queries = rearrange(_as_it_lies(queries, cache), "b t (h k) -> b t h k", h=heads)
         q_nope, q_rope = queries[..., :nope], rotate(queries[..., nope:], *tables, interleaved=True)
 
         compressed = linear(rank + rope, ("embed", None), "kv_a_proj_with_mqa")(x)
         latent = norm("kv_a_layernorm")(compressed[..., :rank])
         k_rope = rotate(compressed[..., None, rank:], *tables, interleaved=True)[:, :, 0]
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
-        kv_b = rearrange(kv_b.astype(self.dtype), "r (h k) -> r h k", h=heads)
-        pair = adapter_of(self, "kv_b_proj", self.dtype)
-        factors = () if pair is None else (pair[0], rearrange(pair[1], "a (h k) -> a h k", h=heads))
+        kv_b, factors = kv_b.astype(self.dtype), adapter_of(self, "kv_b_proj", self.dtype) or ()
         scale = softmax_scale(config)
         if absorbed is None:
             absorbed = cache is not None and x.shape[1] < _absorbed_below(config)
         with jax.named_scope("absorbed_attention" if absorbed else "expanded_attention"):
-            if absorbed:
-                q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, kv_b[..., :nope])
-                if factors:
-                    narrow = jnp.einsum("bthn,ahn->btha", q_nope, factors[1][..., :nope])
-                    q_latent += jnp.einsum("btha,ra->bthr", narrow, factors[0])
-                if cache is None:
-                    q_rows = jnp.concatenate([q_latent, q_rope], axis=-1)
-                    rows = jnp.concatenate([latent, k_rope], axis=-1)
-                    scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
-                    mixed = jnp.einsum("bhts,bsr->bthr", softmax(scores, placement.mask).astype(self.dtype), latent)
-                else:
-                    attention = partial(latent_attention, scale=scale)
-                    arrays = [(q_latent, _BY_HEAD), (q_rope, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS)]
-                    mixed, cache = over_pages(self.layout, attention, arrays, cache, placement)
-                out = jnp.einsum("bthr,rhv->bthv", mixed, kv_b[..., nope:])
-                if factors:
-                    out += jnp.einsum("btha,ahv->bthv", mixed @ factors[0], factors[1][..., nope:])
+            if cache is not None:
+                form = absorbed_attention if absorbed else expanded_attention
+                arrays = [(q_nope, _BY_HEAD), (q_rope, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS)]
+                arrays += zip((kv_b, *factors), ((None, "heads"), (None, None), (None, "heads")))
+                out, cache = over_pages(self.layout, partial(form, scale=scale), arrays, cache, placement)
+            elif absorbed:
+                q_rows = jnp.concatenate([to_latents(q_nope, kv_b, *factors), q_rope], axis=-1)
+                rows = jnp.concatenate([latent, k_rope], axis=-1)
+                scores = jnp.einsum("bthw,bsw->bhts", q_rows, rows, preferred_element_type=jnp.float32) * scale
+                mixed = jnp.einsum("bhts,bsr->bthr", softmax(scores, placement.mask).astype(self.dtype), latent)
+                out = to_values(mixed, kv_b, nope, *factors)
             else:
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
-                if cache is None:
-                    parts = expand(latent, k_rope, kv_b, nope, *factors)
-                    keys, values = (rearrange(part, "b h s k -> b s h k") for part in parts)
-                    out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale)
-                else:
-                    attention = partial(expanded_attention, scale=scale)
-                    arrays = [(queries, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS), (kv_b, (None, "heads", None))]
-                    arrays += zip(factors, ((None, None), (None, "heads", None)))
-                    out, cache = over_pages(self.layout, attention, arrays, cache, placement)
+                parts = expand(latent, k_rope, kv_b, heads, nope, *factors)
+                keys, values = (rearrange(part, "b h s k -> b s h k") for part in parts)
+                out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale)
         out = rearrange(out, "b t h v -> b t (h v)")
         return linear(config.hidden_size, ("heads", "embed"), "o_proj")(out), cache
 
@@ -166,7 +152,7 @@ class MultiHeadAttention(nn.Module):
             return Linear(config.hidden_size, axes, self.dtype, self.param_dtype, kernel_init=init, name=name)
 
         queries, keys, values = (
-            rearrange(linear(("embed", "heads"), name)(x), "b t (h k) -> b t h k", h=heads)
+            rearrange(_as_it_lies(linear(("embed", "heads"), name)(x), cache), "b t (h k) -> b t h k", h=heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         queries, keys = (rotate(rows, *placement.tables, interleaved=False) for rows in (queries, keys))
@@ -238,6 +224,13 @@ def sees(queries: Int[Array, ...], keys: Int[Array, ...]) -> Bool[Array, ...]:
     A segment is the number of a document + `BRANCH` * the number of a branch, 0 for what all its branches share.
     """
     return (queries == keys) | (queries % BRANCH == keys)
+
+
+def _as_it_lies(product: Array, cache: LayerCache | None) -> Array:
+    """`product`, ahead of which nothing is moved: else XLA turns the kernel on a TPU, a copy of it a call, so that the
+    few rows come out with heads first.
+    """
+    return product if cache is None else jax.lax.optimization_barrier(product)
 
 
 def over_pages(

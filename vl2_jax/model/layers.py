@@ -39,7 +39,7 @@ class Layout:
         """`function(*arrays)` of the parts that each device has, by the logical names of the axes of all arrays.
 
         Args:
-          axes: of every argument; names that are alike must be of the same size.
+          axes: of every argument; axes of one name are cut alike, into as many parts as divide all of them.
           results: axes of what comes out.
         """
         return function(*arrays)

@@ -50,12 +50,14 @@ class MeshLayout(Layout):
     def on_own_parts(
         self, function: Callable[..., tuple[Array, ...]], axes: Sequence[Axes], results: Sequence[Axes], *arrays: Array
     ) -> tuple[Array, ...]:
-        def specs(arrays: Sequence[Any], axes: Sequence[Axes]) -> tuple[PartitionSpec, ...]:
-            return tuple(spec_of(self.mesh, array.shape, names) for array, names in zip(arrays, axes, strict=True))
-
-        out = specs(jax.eval_shape(function, *arrays), results)
-        on_one = jax.shard_map(function, mesh=self.mesh, in_specs=specs(arrays, axes), out_specs=out, check_vma=False)
-        return on_one(*arrays)
+        shapes = [a.shape for a in (*arrays, *jax.eval_shape(function, *arrays))]
+        common: dict[str | None, int] = {}
+        for shape, names in zip(shapes, (*axes, *results), strict=True):
+            for size, name in zip(shape, names, strict=True):
+                common[name] = math.gcd(size, common.get(name, 0))
+        specs = [spec_of(self.mesh, [common[name] for name in names], names) for names in (*axes, *results)]
+        given, got = tuple(specs[: len(arrays)]), tuple(specs[len(arrays) :])
+        return jax.shard_map(function, mesh=self.mesh, in_specs=given, out_specs=got, check_vma=False)(*arrays)
 
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         axes = _axes_of(spec_of(self.mesh, rows[0].shape, ("batch", *[None] * (rows[0].ndim - 1))), 0)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.latent_attention.absorbed import by_head
 from vl2_jax.ops.paging.pages import PAGE, LatentPages, pages_a_sequence
 from vl2_jax.ops.paging.xla import attend_to_filled, read_rows, write_rows
 
@@ -17,50 +18,52 @@ from vl2_jax.ops.paging.xla import attend_to_filled, read_rows, write_rows
 def expand(
     latents: Float[Array, "B S R"],
     rotated: Float[Array, "B S P"],
-    kv_b: Float[Array, "R H n+V"],
+    kv_b: Float[Array, "R H*(n+V)"],
+    heads: int,
     values_from: int,
     narrow: Float[Array, "R A"] | None = None,
-    wide: Float[Array, "A H n+V"] | None = None,
+    wide: Float[Array, "A H*(n+V)"] | None = None,
 ) -> tuple[Float[Array, "B H S n+P"], Float[Array, "B H S V"]]:
     """Keys and values of rows (SPEC 5.2).
 
     Args:
-      values_from: n, where a head's value begins.
+      values_from: n, where a head's values begin.
       narrow, wide: low-rank factors of an adapter, added to `kv_b`.
     """
-    expanded = jnp.einsum("bsr,rhk->bhsk", latents, kv_b)
-    if narrow is not None:
-        expanded += jnp.einsum("bsa,ahk->bhsk", latents @ narrow, wide)
+    expanded = jnp.einsum("bsr,rhk->bhsk", latents, by_head(kv_b, heads))
+    if narrow is not None and wide is not None:
+        expanded += jnp.einsum("bsa,ahk->bhsk", latents @ narrow, by_head(wide, heads))
     shared = jnp.broadcast_to(rotated[:, None], (*expanded.shape[:3], rotated.shape[-1]))
     return jnp.concatenate([expanded[..., :values_from], shared], axis=-1), expanded[..., values_from:]
 
 
 def expanded_attention(
-    queries: Float[Array, "B T H n+P"],
+    q_nope: Float[Array, "B T H n"],
+    q_rotated: Float[Array, "B T H P"],
     new_latents: Float[Array, "B T R"],
     new_rotated: Float[Array, "B T P"],
-    kv_b: Float[Array, "R H n+V"],
+    kv_b: Float[Array, "R H*(n+V)"],
     narrow: Float[Array, "R A"] | None = None,
-    wide: Float[Array, "A H n+V"] | None = None,
+    wide: Float[Array, "A H*(n+V)"] | None = None,
     *,
     pages: LatentPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], LatentPages]:
-    """What `latent_attention` followed by the value projection gives, with as many operations as many queries need.
+    """What `absorbed_attention` gives, with the fewest operations where there are many queries.
 
     Args:
-      pages, table, positions: see `latent_attention`.
-      narrow, wide: see `expand`.
+      kv_b, narrow, wide: see `expand`.
+      pages, table, positions, scale: see `latent_attention`.
     """
-    values_from = queries.shape[-1] - new_rotated.shape[-1]
+    heads, values_from = q_nope.shape[2:]
     sequences = positions.shape[0]
     pages = write_rows(pages, (new_latents, new_rotated), table, positions)
 
     def block(begin: Array, size: int, only: Array | None) -> tuple[Array, Array]:
         rows = read_rows(pages, table, sequences, begin, size, only)
-        return expand(*rows, kv_b, values_from, narrow, wide)
+        return expand(*rows, kv_b, heads, values_from, narrow, wide)
 
     def score(queries: Array, block: tuple[Array, Array]) -> Array:
         return jnp.einsum("bhtk,bhsk->bhts", queries, block[0], preferred_element_type=jnp.float32)
@@ -70,6 +73,6 @@ def expanded_attention(
         return jnp.einsum("bhts,bhsv->bhtv", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
     slots = pages_a_sequence(pages, table, sequences) * PAGE
-    by_head = rearrange(queries, "b t h k -> b h t k")
+    by_head = rearrange(jnp.concatenate([q_nope, q_rotated], axis=-1), "b t h k -> b h t k")
     out = attend_to_filled((by_head,), block, score, mix, slots, positions, scale)
-    return rearrange(out, "b h t v -> b t h v").astype(queries.dtype), pages
+    return rearrange(out, "b h t v -> b t h v").astype(q_nope.dtype), pages

@@ -1,0 +1,97 @@
+"""The absorbed form: the key projection moves to the queries, the value projection to what was mixed of latents.
+
+B sequences, T new rows of each, H heads, R latent rank, P rotated width, n and V widths of a head's key and value, A
+rank of an adapter, N pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vl2_jax.ops.latent_attention.api import latent_attention
+from vl2_jax.ops.paging.pages import LatentPages
+
+
+def absorbed_attention(
+    q_nope: Float[Array, "B T H n"],
+    q_rotated: Float[Array, "B T H P"],
+    new_latents: Float[Array, "B T R"],
+    new_rotated: Float[Array, "B T P"],
+    kv_b: Float[Array, "R H*(n+V)"],
+    narrow: Float[Array, "R A"] | None = None,
+    wide: Float[Array, "A H*(n+V)"] | None = None,
+    *,
+    pages: LatentPages,
+    table: Int[Array, "B per"] | None,
+    positions: Int[Array, " B"],
+    scale: float,
+) -> tuple[Float[Array, "B T H V"], LatentPages]:
+    """`latent_attention` between the projections of its queries and of its results.
+
+    Args:
+      kv_b: latents to keys and values of every head.
+      narrow, wide: low-rank factors of an adapter, added to `kv_b`.
+      pages, table, positions, scale: see `latent_attention`.
+    """
+    q_latent = to_latents(q_nope, kv_b, narrow, wide)
+    mixed, pages = latent_attention(q_latent, q_rotated, new_latents, new_rotated, pages, table, positions, scale=scale)
+    return to_values(mixed, kv_b, q_nope.shape[-1], narrow, wide), pages
+
+
+def by_head(columns: Float[Array, "R H*k"], heads: int) -> Float[Array, "R H k"]:
+    return columns.reshape(len(columns), heads, -1)
+
+
+def to_latents(
+    q_nope: Float[Array, "B T H n"],
+    kv_b: Float[Array, "R H*(n+V)"],
+    narrow: Float[Array, "R A"] | None = None,
+    wide: Float[Array, "A H*(n+V)"] | None = None,
+) -> Float[Array, "B T H R"]:
+    """Queries whose products with latents are those with the keys that the latents stand for."""
+    heads, width = q_nope.shape[2:]
+
+    def plain(q_nope: Array, kv_b: Array) -> Array:
+        return jnp.einsum("bthn,rhn->bthr", q_nope, by_head(kv_b, heads)[..., :width])
+
+    out = _chosen(plain, "to_latents", q_nope, kv_b, width)
+    if narrow is not None and wide is not None:
+        beside = jnp.einsum("bthn,ahn->btha", q_nope, by_head(wide, heads)[..., :width])
+        out += jnp.einsum("btha,ra->bthr", beside, narrow)
+    return out
+
+
+def to_values(
+    mixed: Float[Array, "B T H R"],
+    kv_b: Float[Array, "R H*(n+V)"],
+    values_from: int,
+    narrow: Float[Array, "R A"] | None = None,
+    wide: Float[Array, "A H*(n+V)"] | None = None,
+) -> Float[Array, "B T H V"]:
+    """The values that mixed latents stand for; those of a head begin at `values_from`."""
+    heads = mixed.shape[2]
+
+    def plain(mixed: Array, kv_b: Array) -> Array:
+        return jnp.einsum("bthr,rhv->bthv", mixed, by_head(kv_b, heads)[..., values_from:])
+
+    out = _chosen(plain, "to_values", mixed, kv_b, values_from)
+    if narrow is not None and wide is not None:
+        out += jnp.einsum("btha,ahv->bthv", mixed @ narrow, by_head(wide, heads)[..., values_from:])
+    return out
+
+
+def _chosen(plain: Callable[..., Array], name: str, rows: Array, kv_b: Array, values_from: int) -> Array:
+    """`plain`, or the kernel of this name where the program is compiled for a TPU and it takes dtype and shape."""
+    if rows.dtype != jnp.bfloat16:
+        return plain(rows, kv_b)
+    from vl2_jax.ops.latent_attention import projections  # Pallas takes a third of a second to import
+
+    if not projections.supports(rows, kv_b, values_from):
+        return plain(rows, kv_b)
+    kernel: Callable[..., Array] = partial(getattr(projections, name))
+    return jax.lax.platform_dependent(rows, kv_b, tpu=kernel, default=plain)
