@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import PAGE, Pages, pages_a_sequence
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages, Pages, pages_a_sequence
 
 LANES = 128
 SLAB = 16  # rows of bfloat16 that are one tile of memory: less cannot be written
@@ -90,12 +90,13 @@ def attend(
     name: str,
 ) -> tuple[Float[Array, "B M V"], Pages]:
     """Results of all rows of queries, and the pages with `length` new rows of each sequence."""
-    sequences, rows, _ = queries[0].shape
+    sequences: int = queries[0].shape[0]
+    rows: int = queries[0].shape[1]
     per = pages_a_sequence(pages, table, sequences)
     scalars = (positions,) if table is None else (positions, table.ravel())
     first_page = len(scalars) + len(queries) + len(new)
     scalar, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
-    out, *written = pl.pallas_call(
+    results: Any = pl.pallas_call(
         partial(
             _kernel,
             form=form,
@@ -125,11 +126,11 @@ def attend(
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=plan.vmem),
         name=name,
     )(*scalars, *queries, *new, *pages)
-    return out, type(pages)(*written)
+    return results[0], type(pages)(*results[1:])
 
 
 def _vector_buffers(
-    form: Form, pages: Pages, sequences: int, rows: int, plan: Plan
+    form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan
 ) -> list[tuple[tuple[int, ...], Any]]:
     """(shape, dtype) of all scratch in vector memory, in the order of `_kernel`'s parameters."""
     slabs = [(sequences, *array.shape[1:-2], SLAB, array.shape[-1]) for array in pages]
@@ -165,7 +166,7 @@ def product(left: Array, right: Array, axis: int) -> Array:
     return lax.dot_general(left, right, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def vector_bytes(form: Form, pages: Pages, sequences: int, rows: int, plan: Plan) -> int:
+def vector_bytes(form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan) -> int:
     """Vector memory that the kernel's scratch takes."""
     buffers = _vector_buffers(form, pages, sequences, rows, plan)
     return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in buffers)
