@@ -2,9 +2,11 @@
 
     make tpu                                                     # once: an environment with the compiler
     .venv-tpu/bin/python benchmarks/kernels.py [--targets v5e v6e] [--sizes small] [--tokens 64 4096]
+    .venv-tpu/bin/python benchmarks/kernels.py --kernels latent_attention multi_head_attention --tokens 8 32
 
     VMEM       vector memory the kernel asks for, by construction
-    HBM        bytes it moves if every expert is hit, by construction
+    HBM        bytes it moves if every expert is hit and every cache of 4096 rows full, by construction; decode
+               attention has as many sequences as tokens
     hot loop   instruction bundles of the loop with most matrix work, and the cycles its busiest MXU needs for that work
     spills     vector registers that this loop stores and loads for want of room
     compile    seconds for the whole program, dispatch included, and for writing the schedule out (most of them)
@@ -20,6 +22,7 @@ import re
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 DUMP = tempfile.mkdtemp(prefix="bundles-")
@@ -30,13 +33,28 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 
-from tests.tpu.compiling import SIZES, TARGETS, TOP_K, compile_for, expert_shapes, one_chip
-from vl2_jax.ops.chips import CHIPS
+from tests.tpu.compiling import (
+    LATENT_HEADS,
+    SIZES,
+    TARGETS,
+    TOP_K,
+    compile_for,
+    expert_shapes,
+    latent_shapes,
+    multi_head_shapes,
+    one_chip,
+)
+from vl2_jax.ops.chips import CHIPS, Chip
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.tiling import Scratch, choose_tiling
 from vl2_jax.ops.grouped_matmul import pallas_tpu as grouped
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul, grouped_transposed_matmul
+from vl2_jax.ops.latent_attention import pallas_tpu as latent
+from vl2_jax.ops.latent_attention.api import latent_attention
+from vl2_jax.ops.multi_head_attention import pallas_tpu as heads
+from vl2_jax.ops.multi_head_attention.api import multi_head_attention
 
+CONTEXT = 4096  # rows of a cache
 CYCLES_A_VMATMUL = {"v5e": 16, "v5p": 16, "v6e": 8, "tpu7x": 8}  # of one MXU, for 16 packed rows of bfloat16
 _REGION = re.compile(r"\b(LB|LH|PB|PF|LE|CT):")
 _BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s.*:")
@@ -47,6 +65,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 256, 512, 4096])
+    parser.add_argument("--kernels", nargs="+", help="only those whose names begin so", default=[""])
     options = parser.parse_args()
     columns = "tokens  calls  VMEM MB   HBM MB  hot loop  MXU needs  spills  compile s"
     print(f"{'kernel':25} {'chip':6} {'size':6} {columns}")
@@ -54,6 +73,8 @@ def main() -> None:
         for size in options.sizes:
             for tokens in options.tokens:
                 for name, function, shapes, facts in cases(target, size, tokens):
+                    if not name.startswith(tuple(options.kernels)):
+                        continue
                     begun = time.perf_counter()
                     compile_for(target, function, *shapes)
                     seconds = time.perf_counter() - begun
@@ -82,6 +103,8 @@ def cases(target: str, size: str, tokens: int):
         expert_shapes(size, tokens),
         (calls, Scratch(tiling, width, hidden).bytes, moved),
     )
+    if tokens <= 64:
+        yield decode_attention(chip, size, tokens)
     if tokens < 256:
         return  # gradients are of many tokens
     shape, rows = jax.ShapeDtypeStruct, tokens * TOP_K
@@ -94,6 +117,18 @@ def cases(target: str, size: str, tokens: int):
     moved = 2 * (hidden // plan.columns * rows * width + width // plan.depth * rows * hidden + experts * width * hidden)
     other = shape((rows, hidden), jnp.bfloat16)
     yield "grouped_transposed_matmul", grouped_transposed_matmul, [lhs, other, sizes], (1, plan.vmem, moved)
+
+
+def decode_attention(chip: Chip, size: str, batch: int):
+    """A case of one layer's attention to full caches."""
+    if size in LATENT_HEADS:
+        name, function, shapes = "latent_attention", latent_attention, latent_shapes(size, batch, CONTEXT)
+        vmem = latent.vector_memory(shapes[0].shape, shapes[4], latent.choose_plan(chip))
+    else:
+        name, function, shapes = "multi_head_attention", multi_head_attention, multi_head_shapes(batch, CONTEXT)
+        vmem = heads.vector_memory(shapes[0].shape, shapes[3], heads.choose_plan(chip, shapes[0].shape[2]))
+    moved = 2 * (shapes[0].size + sum(array.size for array in jax.tree.leaves(shapes[:-2])))  # results are as queries
+    return name, partial(function, scale=0.1), shapes, (1, vmem, moved)
 
 
 def hot_loop(cycles_a_vmatmul: int) -> tuple[int, int, int]:

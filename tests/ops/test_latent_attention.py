@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
+from tests.ops.interpreted import interpreted
 from tests.ops.paged import assert_only_new_rows_differ, pages_for
+from vl2_jax.ops.chips import CHIPS
+from vl2_jax.ops.latent_attention import pallas_tpu
 from vl2_jax.ops.latent_attention.api import latent_attention
 from vl2_jax.ops.paging.pages import PAGE, LatentPages
+from vl2_jax.ops.paging.pallas_tpu import Plan
 from vl2_jax.ops.paging.xla import read_rows, write_rows
 
 SCALE = 0.2
 compiled = jax.jit(latent_attention, static_argnames="scale")
+
+
+# Blocks of two pages, so that few rows meet every path: whole blocks and parts of one, each buffer used again.
+SMALL_PLAN = Plan(pages=2, blocks=4, vmem=100 << 20)
+NARROW = (4, 128, 64)
 
 
 def problem(seed, positions, length, per, shuffled, sizes=(3, 32, 8), dtype=jnp.float32):
@@ -75,3 +85,56 @@ def test_pages_that_do_not_divide_among_sequences_are_refused():
     *new, pages, _, positions = problem(4, [0, 0], 1, 2, False)
     with pytest.raises(ValueError, match="3 pages are not as many for each of 2 sequences"):
         latent_attention(*new, LatentPages(*(a[:3] for a in pages)), None, positions, scale=SCALE)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([(1, True), (1, False), (20, True)]), st.data())
+def test_the_kernel_equals_the_reference_for_any_lengths_and_pages(seed, kind, data):
+    """Uninitialised memory reads as NaN; a read of a page that does not exist raises, and the table names some."""
+    length, shuffled = kind
+    last = 9 * PAGE - length
+    place = st.integers(-1, last) | st.sampled_from([-5, 0, PAGE - 1, PAGE, 2 * PAGE - 1, last])
+    positions = data.draw(st.lists(place, min_size=3, max_size=3))
+    *new, pages, table, positions = problem(seed, positions, length, 9, shuffled, NARROW, jnp.bfloat16)
+    wild = table
+    if shuffled:
+        wild = jnp.where(jnp.arange(9) > (positions[:, None] + length - 1) // PAGE, 1 << 20, table)
+    ours = interpreted(pallas_tpu.latent_attention, *new, pages, wild, positions, scale=SCALE, plan=SMALL_PLAN)
+    check(ours, (*new, pages, table, positions), 2e-2)
+
+
+@pytest.mark.parametrize("heads", [3, 32])
+def test_the_kernel_takes_any_number_of_heads(heads):
+    arguments = problem(5, [100], 1, 2, False, (heads, 128, 64), jnp.bfloat16)
+    check(interpreted(pallas_tpu.latent_attention, *arguments, scale=SCALE, plan=SMALL_PLAN), arguments, 2e-2)
+
+
+def test_the_kernel_does_nothing_for_nobody():
+    arguments = problem(6, [-1, -1, -7], 1, 9, True, NARROW, jnp.bfloat16)
+    ours = interpreted(pallas_tpu.latent_attention, *arguments, scale=SCALE, plan=SMALL_PLAN)
+    check(ours, arguments, 0)
+    assert not np.asarray(ours[0], np.float32).any()
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_the_kernel_has_no_races(length, capfd):
+    arguments = problem(7, [1000, -1, 250], length, 9, True, NARROW, jnp.bfloat16)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        jax.block_until_ready(pallas_tpu.latent_attention(*arguments, scale=SCALE, plan=SMALL_PLAN))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_kernel_is_for_narrow_floats_and_short_chunks_of_released_sizes(chip):
+    def supported(batch, length, heads, rank, dtype):
+        shape = jax.ShapeDtypeStruct
+        pages = LatentPages(shape((batch * 32, PAGE, rank), dtype), shape((batch * 32, PAGE // 2, 128), dtype))
+        queries = (shape((batch, length, heads, width), dtype) for width in (rank, 64))
+        return pallas_tpu.supports(*queries, pages, CHIPS[chip])
+
+    assert supported(64, 1, 16, 512, jnp.bfloat16) or chip == "TPU v4"
+    assert supported(32, 1, 32, 512, jnp.bfloat16) or chip == "TPU v4"
+    assert supported(8, 4, 16, 512, jnp.bfloat16) or chip == "TPU v4"
+    assert not supported(8, 1, 16, 512, jnp.float32)
+    assert not supported(1, 512, 16, 512, jnp.bfloat16)
+    assert not supported(8, 1, 16, 96, jnp.bfloat16)

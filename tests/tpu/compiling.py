@@ -15,9 +15,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
+
 TARGETS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SIZES = {"tiny": (1280, 896, 64), "small": (2048, 1408, 64), "base": (2560, 1536, 72)}  # D, F, E
 TOP_K = 6
+LATENT_HEADS = {"small": 16, "base": 32}  # of latent attention, rank 512 and 64 rotated; Tiny has 10 of 128 numbers
 
 
 @cache
@@ -30,13 +33,13 @@ def one_chip(target: str) -> Mesh:
     return Mesh(np.asarray(devices_of(target)[:1]), ("x",))
 
 
-def compile_for(target: str, function: Any, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
+def compile_for(target: str, function: Any, *shapes: Any, donated: tuple[int, ...] = ()) -> jax.stages.Compiled:
     """The executable of `function` for one chip; raises where the TPU compiler refuses it."""
     mesh = one_chip(target)
     whole = NamedSharding(mesh, PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole) for a in shapes]
+    arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), shapes)
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*arguments).compile()
+        return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
 
 def expert_shapes(size: str, tokens: int) -> list[jax.ShapeDtypeStruct]:
@@ -51,3 +54,24 @@ def expert_shapes(size: str, tokens: int) -> list[jax.ShapeDtypeStruct]:
         shape((tokens, TOP_K), jax.numpy.int32),
         shape((tokens, TOP_K), jax.numpy.float32),
     ]
+
+
+def latent_shapes(size: str, batch: int, context: int, length: int = 1, paged: bool = False) -> list[Any]:
+    """Arguments of `latent_attention` in one layer; `paged` gives a table."""
+    shape, bf16, heads, per = jax.ShapeDtypeStruct, jax.numpy.bfloat16, LATENT_HEADS[size], context // PAGE
+    pages = LatentPages(shape((batch * per, PAGE, 512), bf16), shape((batch * per, PAGE // 2, 128), bf16))
+    queries = [shape((batch, length, heads, width), bf16) for width in (512, 64)]
+    new = [shape((batch, length, width), bf16) for width in (512, 64)]
+    return [*queries, *new, pages, *_placement(batch, per, paged)]
+
+
+def multi_head_shapes(batch: int, context: int, length: int = 1, paged: bool = False) -> list[Any]:
+    """Arguments of `multi_head_attention` in one layer of Tiny."""
+    shape, bf16, per = jax.ShapeDtypeStruct, jax.numpy.bfloat16, context // PAGE
+    pages = HeadPages(*[shape((batch * per, 10, PAGE, 128), bf16)] * 2)
+    return [*[shape((batch, length, 10, 128), bf16)] * 3, pages, *_placement(batch, per, paged)]
+
+
+def _placement(batch: int, per: int, paged: bool) -> list[Any]:
+    shape, int32 = jax.ShapeDtypeStruct, jax.numpy.int32
+    return [shape((batch, per), int32) if paged else None, shape((batch,), int32)]

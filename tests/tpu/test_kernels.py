@@ -9,11 +9,22 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convert.weight_map import unflatten
-from tests.tpu.compiling import SIZES, TARGETS, compile_for, devices_of, expert_shapes
+from tests.tpu.compiling import (
+    LATENT_HEADS,
+    SIZES,
+    TARGETS,
+    compile_for,
+    devices_of,
+    expert_shapes,
+    latent_shapes,
+    multi_head_shapes,
+)
 from vl2_jax.config import VL2Config
 from vl2_jax.model.vl2 import VL2Model, abstract_params, apply
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.backward import backward
+from vl2_jax.ops.latent_attention.api import latent_attention
+from vl2_jax.ops.multi_head_attention.api import multi_head_attention
 from vl2_jax.ops.vision_attention.api import vision_attention
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import AXES, abstract_sharded_params
@@ -58,6 +69,35 @@ def test_the_tower_on_a_mesh_attends_where_its_tiles_are():
         compiled = jax.jit(partial(apply, model, method="encode_tiles")).lower(params, tiles).compile()
     [call] = re.findall(r"= (\S+) custom-call\(.*tpu_custom_call", compiled.as_text())
     assert call.startswith("bf16[2,729,1152]")
+
+
+def assert_pages_stay(compiled, pages):
+    """The kernel is there, and the pages are updated where they are: nothing of their shape is copied."""
+    text = compiled.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    for array in pages:
+        shape = f"bf16[{','.join(map(str, array.shape))}]"
+        assert not [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]
+    assert compiled.memory_analysis().alias_size_in_bytes == sum(2 * array.size for array in pages)
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 4096), (64, 1024), (32, 4096)])
+@pytest.mark.parametrize(("length", "paged"), [(1, False), (1, True), (4, True)])
+@pytest.mark.parametrize("size", LATENT_HEADS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_latent_attention_compiles(target, size, length, paged, batch, context):
+    shapes = latent_shapes(size, batch, context, length, paged)
+    compiled = compile_for(target, partial(latent_attention, scale=0.1), *shapes, donated=(4,))
+    assert_pages_stay(compiled, shapes[4])
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 4096), (32, 1024), (8, 4096)])
+@pytest.mark.parametrize(("length", "paged"), [(1, False), (1, True), (4, True)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_multi_head_attention_compiles(target, length, paged, batch, context):
+    shapes = multi_head_shapes(batch, context, length, paged)
+    compiled = compile_for(target, partial(multi_head_attention, scale=0.1), *shapes, donated=(3,))
+    assert_pages_stay(compiled, shapes[3])
 
 
 def test_a_whole_layer_of_small_uses_the_kernel_and_a_float32_one_does_not():

@@ -31,7 +31,7 @@ def latent_attention(
 
     The new rows are written to slots `positions + t`; then query t of a sequence attends to its slots 0 to
     `positions + t`, with scores `(q_latent . latent + q_rotated . rotated) * scale`, softmax in float32, and mixes the
-    latents. Slots past the last new row are not looked at, and hold anything.
+    latents. Slots past the last new row are not looked at, and hold anything finite.
 
     Args:
       q_latent: queries times the key projection.

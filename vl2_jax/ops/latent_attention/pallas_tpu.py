@@ -40,13 +40,18 @@ def supports(q_latent: Array, q_rotated: Array, pages: LatentPages, chip: Chip |
     """Whether the kernel can do this: bfloat16, widths that fill its lanes, few rows."""
     if {a.dtype for a in (q_latent, q_rotated, *pages)} != {jnp.dtype(jnp.bfloat16)}:
         return False
-    batch, length, heads, rank = q_latent.shape
-    rows = rows_of(length, heads)
-    if rank % LANES or 2 * q_rotated.shape[-1] != LANES or rows > _MOST_ROWS:
+    _, length, heads, rank = q_latent.shape
+    if rank % LANES or 2 * q_rotated.shape[-1] != LANES or rows_of(length, heads) > _MOST_ROWS:
         return False
     chip = chip or chip_of_mesh()
-    scratch = vector_bytes(_form(heads, rank), pages, batch, rows, choose_plan(chip))
-    return scratch + 2 * batch * rows * 2 * (rank + LANES) < chip.vmem * 3 // 4  # beside queries and results
+    return vector_memory(q_latent.shape, pages, choose_plan(chip)) < chip.vmem * 3 // 4
+
+
+def vector_memory(queries: tuple[int, ...], pages: LatentPages, plan: Plan) -> int:
+    """Bytes of vector memory that the kernel takes for queries of a shape `[B, T, H, R]`, results included."""
+    batch, length, heads, rank = queries
+    rows = rows_of(length, heads)
+    return vector_bytes(_form(heads, rank), pages, batch, rows, plan) + 2 * batch * rows * (2 * rank + LANES)
 
 
 def choose_plan(chip: Chip) -> Plan:

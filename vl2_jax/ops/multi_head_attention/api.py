@@ -29,7 +29,7 @@ def multi_head_attention(
     """Attention with a cache (SPEC 5.3): as `latent_attention`, with keys and values of every head.
 
     The new rows are written to slots `positions + t`; then query t of a sequence attends to its slots 0 to
-    `positions + t`, softmax in float32. Slots past the last new row are not looked at, and hold anything.
+    `positions + t`, softmax in float32. Slots past the last new row are not looked at, and hold anything finite.
 
     Args:
       pages: donate them: they are updated in place.

@@ -38,13 +38,18 @@ def supports(queries: Array, pages: HeadPages, chip: Chip | None = None) -> bool
     """Whether the kernel can do this: bfloat16, heads that fill its lanes, few rows."""
     if {a.dtype for a in (queries, *pages)} != {jnp.dtype(jnp.bfloat16)}:
         return False
-    batch, length, heads, width = queries.shape
-    rows = rows_of(length, heads)
-    if width != LANES or rows > _MOST_ROWS:
+    _, length, heads, width = queries.shape
+    if width != LANES or rows_of(length, heads) > _MOST_ROWS:
         return False
     chip = chip or chip_of_mesh()
-    scratch = vector_bytes(_form(heads, width), pages, batch, rows, choose_plan(chip, heads))
-    return scratch + 2 * batch * rows * 2 * width < chip.vmem * 3 // 4  # beside queries and results
+    return vector_memory(queries.shape, pages, choose_plan(chip, heads)) < chip.vmem * 3 // 4
+
+
+def vector_memory(queries: tuple[int, ...], pages: HeadPages, plan: Plan) -> int:
+    """Bytes of vector memory that the kernel takes for queries of a shape `[B, T, H, K]`, results included."""
+    batch, length, heads, width = queries
+    rows = rows_of(length, heads)
+    return vector_bytes(_form(heads, width), pages, batch, rows, plan) + 2 * batch * rows * 2 * width
 
 
 def choose_plan(chip: Chip, heads: int) -> Plan:

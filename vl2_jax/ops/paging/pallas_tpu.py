@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import PAGE, Pages, pages_a_sequence
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages, Pages, pages_a_sequence
 
 LANES = 128
 SLAB = 16  # rows of bfloat16 that are one tile of memory: less cannot be written
@@ -90,16 +90,17 @@ def attend(
     name: str,
 ) -> tuple[Float[Array, "B M V"], Pages]:
     """Results of all rows of queries, and the pages with `length` new rows of each sequence."""
-    sequences, rows, _ = queries[0].shape
+    sequences: int = queries[0].shape[0]
+    rows: int = queries[0].shape[1]
     per = pages_a_sequence(pages, table, sequences)
     scalars = (positions,) if table is None else (positions, table.ravel())
     first_page = len(scalars) + len(queries) + len(new)
-    scalar, vector, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.VMEM, pl.ANY))
-    out, *written = pl.pallas_call(
+    scalar, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
+    results: Any = pl.pallas_call(
         partial(
             _kernel,
             form=form,
-            counts=(len(scalars), len(queries), len(new)),
+            counts=(len(scalars), len(queries)),
             per=per,
             length=length,
             scale=scale,
@@ -109,25 +110,27 @@ def attend(
             jax.ShapeDtypeStruct((sequences, rows, form.result), queries[0].dtype),
             *(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pages),
         ],
-        in_specs=[scalar] * len(scalars) + [vector] * (len(queries) + len(new)) + [hbm] * 2,
-        out_specs=[vector, hbm, hbm],
+        in_specs=[scalar] * len(scalars) + [hbm] * (len(queries) + len(new) + 2),
+        out_specs=[hbm] * 3,
         scratch_shapes=[
+            *(pltpu.VMEM(array.shape, array.dtype) for array in (*queries, *new)),
+            pltpu.VMEM((sequences, rows, form.result), queries[0].dtype),
             *(pltpu.VMEM(*buffer) for buffer in _vector_buffers(form, pages, sequences, rows, plan)),
             pltpu.SMEM((sequences + 1,), jnp.int32),
             pltpu.SMEM((plan.blocks,), jnp.int32),
             pltpu.SMEM((plan.blocks,), jnp.int32),
             pltpu.SemaphoreType.DMA((plan.blocks,)),
-            pltpu.SemaphoreType.DMA(()),
+            *[pltpu.SemaphoreType.DMA(())] * 3,
         ],
         input_output_aliases={first_page: 1, first_page + 1: 2},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=plan.vmem),
         name=name,
     )(*scalars, *queries, *new, *pages)
-    return out, type(pages)(*written)
+    return results[0], type(pages)(*results[1:])
 
 
 def _vector_buffers(
-    form: Form, pages: Pages, sequences: int, rows: int, plan: Plan
+    form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan
 ) -> list[tuple[tuple[int, ...], Any]]:
     """(shape, dtype) of all scratch in vector memory, in the order of `_kernel`'s parameters."""
     slabs = [(sequences, *array.shape[1:-2], SLAB, array.shape[-1]) for array in pages]
@@ -163,21 +166,27 @@ def product(left: Array, right: Array, axis: int) -> Array:
     return lax.dot_general(left, right, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def vector_bytes(form: Form, pages: Pages, sequences: int, rows: int, plan: Plan) -> int:
+def vector_bytes(form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan) -> int:
     """Vector memory that the kernel's scratch takes."""
     buffers = _vector_buffers(form, pages, sequences, rows, plan)
     return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in buffers)
 
 
 def _kernel(*refs, form, counts, per, length, scale, plan):
-    scalars, queries, new, (*pages_in, out, page_a, page_b), scratch = _split(refs, *counts, 5)
+    scalars, given, pages_in, (out_hbm, *pages), scratch = _split(refs, counts[0], counts[1] + 2, 2, 3)
     del pages_in  # the same memory as the pages that leave
-    (block_a, block_b, stage_a, stage_b, scores, largest, total, mixed, active, sequence_of, block_of, arrived,
-     left) = scratch  # fmt: skip
+    queries, new, (out,), blocks, stages, scratch = _split(scratch, counts[1], 2, 1, 2, 2)
+    (scores, largest, total, mixed, active, sequence_of, block_of, arrived, given_arrived, rows_left,
+     out_left) = scratch  # fmt: skip
     positions, table = scalars[0], scalars[1] if len(scalars) > 1 else None
-    pages, blocks, stages = (page_a, page_b), (block_a, block_b), (stage_a, stage_b)
     size, mask = plan.pages * PAGE, plan.blocks - 1
     f32, bf16, i32 = jnp.float32, jnp.bfloat16, jnp.int32
+
+    inputs = [pltpu.make_async_copy(a, b, given_arrived) for a, b in zip(given, (*queries, *new))]
+    _start(inputs)
+
+    def out_copy(sequence):
+        return pltpu.make_async_copy(out.at[sequence], out_hbm.at[sequence], out_left)
 
     # Which sequences have work, and how many blocks there are.
 
@@ -188,6 +197,7 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         @pl.when(jnp.logical_not(is_active))
         def _():
             out[sequence] = jnp.zeros(out.shape[1:], out.dtype)
+            out_copy(sequence).start()
 
         active[count] = sequence
         return count + is_active.astype(i32), steps + jnp.where(is_active, _blocks(sequence), 0)
@@ -270,13 +280,13 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         at = positions[sequence] - block_of[number] * size
         i, row = at // PAGE, at % PAGE
         page = page_of(sequence, positions[sequence] // PAGE)
-        for array, (p, b, stage, given) in enumerate(zip(pages, blocks, stages, new)):
+        for array, (p, b, stage, rows) in enumerate(zip(pages, blocks, stages, new)):
             index, its = form.slab(array, row, stage.shape[1:])
-            value = form.new_row(array, given, sequence)
+            value = form.new_row(array, rows, sequence)
             merged = jnp.where(its, value.astype(f32), b[(number, i, *index)].astype(f32)).astype(bf16)
             b[(number, i, *index)] = merged
             stage[sequence] = merged
-            pltpu.make_async_copy(stage.at[sequence], p.at[(page, *index)], left).start()
+            pltpu.make_async_copy(stage.at[sequence], p.at[(page, *index)], rows_left).start()
 
     def put_many(number):
         """Whole pages, waited for at once: a chunk of rows touches one or two."""
@@ -284,10 +294,10 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         position, first = positions[sequence], block_of[number] * plan.pages
 
         def put_page(i, _):
-            for array, (p, b, given) in enumerate(zip(pages, blocks, new)):
-                value, its = form.new_page(array, given, sequence, position - (first + i) * PAGE, length)
+            for array, (p, b, rows) in enumerate(zip(pages, blocks, new)):
+                value, its = form.new_page(array, rows, sequence, position - (first + i) * PAGE, length)
                 b[number, i] = jnp.where(its, value, b[number, i].astype(f32)).astype(bf16)
-                copy = pltpu.make_async_copy(b.at[number, i], p.at[page_of(sequence, first + i)], left)
+                copy = pltpu.make_async_copy(b.at[number, i], p.at[page_of(sequence, first + i)], rows_left)
                 copy.start()
                 copy.wait()
             return 0
@@ -327,7 +337,8 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         values = form.mix(weights.astype(bf16), blocks, number)
         values += jnp.where(is_first, 0, mixed[...]) * keep[:, :1]
         largest[...], total[...], mixed[...] = larger, sums, values
-        out[sequence] = form.finish(values * (1 / sums[:, :1])).astype(out.dtype)  # the last block's stays
+        out[sequence] = form.finish(values * (1 / sums[:, :1])).astype(out.dtype)
+        pl.when(block + 1 == _blocks(sequence))(lambda: out_copy(sequence).start())
         return cursor
 
     @pl.when(steps > 0)
@@ -335,16 +346,25 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         cursor = jnp.int32(0), jnp.int32(0)
         for ahead in range(plan.blocks - 1):
             cursor = fetch(jnp.int32(ahead), cursor)
+        _await(inputs)
         receive(jnp.int32(0))
         scores[...] = score(0, sequence_of[0])
         lax.fori_loop(0, steps, step, cursor)
+
+    pl.when(steps == 0)(lambda: _await(inputs))
+
+    def await_out(_, carry):
+        out_copy(0).wait()
+        return carry
+
+    lax.fori_loop(0, positions.shape[0], await_out, 0)
 
     if length == 1:
 
         def await_rows(_, carry):
             for array, (p, stage) in enumerate(zip(pages, stages)):
                 index, _ = form.slab(array, 0, stage.shape[1:])
-                pltpu.make_async_copy(stage.at[0], p.at[(0, *index)], left).wait()
+                pltpu.make_async_copy(stage.at[0], p.at[(0, *index)], rows_left).wait()
             return carry
 
         lax.fori_loop(0, count, await_rows, 0)
