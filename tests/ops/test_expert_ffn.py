@@ -1,5 +1,7 @@
 """`expert_ffn` equals the reference for any routing, values and gradients; so does the kernel, interpreted on a CPU."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tests.ops.interpreted import interpreted
 from vl2_jax.ops.chips import CHIPS
-from vl2_jax.ops.expert_ffn import backward, pallas_tpu
+from vl2_jax.ops.expert_ffn import backward, backward_weights, pallas_tpu
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.tiling import Scratch, Tiling, choose_tiling
 
@@ -111,15 +113,69 @@ def test_the_kernel_has_no_races(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("grouped", ["xla", "pallas_tpu"])
-def test_gradients_by_grouped_products_equal_those_of_the_reference(grouped):
+def test_the_kernels_of_gradients_have_no_races(capfd):
+    arguments = rounded(problem(3, 40, 4, 2, 256, 128))
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        jax.block_until_ready(backward.backward(*arguments, arguments[0], tiling=SMALL_TILING))
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+ROUTINGS = {
+    "any": lambda ids: ids,
+    "three experts take all": lambda ids: ids * 0 + jnp.asarray([3, 0, 5]),
+    "few experts": lambda ids: jnp.broadcast_to(ids[:1], ids.shape),
+    "some are not here": lambda ids: jnp.where(ids % 2 == 0, ids, 6),
+    "none is here": lambda ids: jnp.full_like(ids, 6),
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_gradients_of_the_kernels_equal_those_of_the_reference(routing):
+    """Two calls of 48 and 16 tokens share the rows of each expert."""
     x, gate, up, down, ids, weights = rounded(problem(5, 50, 6, 3, 256, 128))
+    ids = ROUTINGS[routing](ids)
     dout = jax.random.normal(jax.random.key(9), x.shape)
-    ours = interpreted(backward.backward, x, gate, up, down, ids, weights, dout, implementation=grouped)
+    ours = interpreted(backward.backward, x, gate, up, down, ids, weights, dout, tiling=SMALL_TILING)
     _, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
     for a, b in zip(ours, vjp(dout), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(512, 384), (768, 256)])
+def test_gradients_of_odd_widths_and_many_rows_equal_those_of_the_reference(width, hidden):
+    """An odd number of column tiles, tiles of all heights, experts of more than one tile."""
+    x, gate, up, down, ids, weights = rounded(problem(8, 200, 3, 2, width, hidden))
+    dout = jax.random.normal(jax.random.key(9), x.shape)
+    tiling = replace(SMALL_TILING, chunk=208)
+    ours = interpreted(backward.backward, x, gate, up, down, ids, weights, dout, tiling=tiling)
+    _, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
+    for a, b in zip(ours, vjp(dout), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+
+
+def test_gradients_of_weights_sum_over_all_blocks_of_an_expert():
+    """Blocks of 128 rows: none, a part of one, exactly one, three; rows of the next expert do not matter."""
+    counts, width, hidden = np.asarray([0, 5, 128, 300, 0, 3]), 256, 128
+    starts = np.concatenate([[0], np.cumsum(-(-counts // 16) * 16)])
+    rng = np.random.default_rng(0)
+    exists = np.concatenate([np.arange(-(-count // 16) * 16) < count for count in counts])
+    unwritten = np.full((backward_weights.TAIL, 1), np.nan)
+    rows = [
+        np.concatenate([rng.normal(size=(len(exists), n)) * exists[:, None], np.repeat(unwritten, n, axis=1)])
+        for n in (width, width, 2 * hidden, hidden)
+    ]
+    rows = backward_weights.ExpertRows(*(jnp.asarray(a, jnp.bfloat16) for a in rows))
+    vmem = backward_weights.Buffers(width, hidden, depths=1).bytes + (1 << 20)
+    ours = interpreted(backward_weights.weights_gradients, rows, jnp.asarray(starts, jnp.int32), vmem=vmem)
+    x, dout, dgated_dupped, weighted = (np.asarray(a, np.float32) for a in rows)
+    for expert in range(len(counts)):
+        of = slice(starts[expert], starts[expert + 1])
+        dgate_dup = x[of].T @ dgated_dupped[of]
+        expected = (dgate_dup[:, :hidden], dgate_dup[:, hidden:], weighted[of].T @ dout[of])
+        for a, b in zip(ours, expected, strict=True):
+            assert np.abs(np.asarray(a[expert], np.float32) - b).max() <= 1e-2 * max(1, np.abs(b).max())
 
 
 def part_of(ids, first, count):
@@ -159,7 +215,7 @@ def test_the_kernels_leave_out_experts_that_are_not_here(first):
     dout = jax.random.normal(jax.random.key(9), x.shape)
     arguments = (x, gate, up, down, ids, weights)
     out = interpreted(pallas_tpu.expert_ffn, *arguments, spread_over=6, tiling=SMALL_TILING)
-    ours = interpreted(backward.backward, *arguments, dout)
+    ours = interpreted(backward.backward, *arguments, dout, spread_over=6, tiling=SMALL_TILING)
     expected, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
     for a, b in zip((out, *ours), (expected, *vjp(dout)), strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)

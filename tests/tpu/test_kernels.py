@@ -25,8 +25,9 @@ def test_routed_experts_compile(target, size, tokens):
 @pytest.mark.parametrize("target", TARGETS)
 def test_their_gradients_compile(target, size, tokens):
     shapes = expert_shapes(size, tokens)
-    compiled = compile_for(target, backward, *shapes, shapes[0])
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 8  # five products, three transposed
+    text = compile_for(target, backward, *shapes, shapes[0]).as_text()
+    assert "expert_ffn_rows_gradients" in text
+    assert "expert_ffn_weights_gradients" in text
 
 
 def test_a_whole_layer_of_small_uses_the_kernel_and_a_float32_one_does_not():

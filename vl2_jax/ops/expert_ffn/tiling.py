@@ -51,8 +51,12 @@ class Tiling:
         return [(16 * n, first[n]) for n in last_of_run]
 
 
-def choose_tiling(chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int) -> Tiling | None:
+def choose_tiling(
+    chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int, scratch: type[Scratch] | None = None
+) -> Tiling | None:
     """The tiling for a chip and a shape, or None where the weights of two experts do not fit in vector memory.
+
+    `scratch` is what the kernel keeps there, by default the forward kernel's.
 
     As many tokens a call as fit beside the weights of two experts. The tallest tile:
       128 x 128 MXU (v5e, v5p): a tile costs little by itself, so a little above an expert's mean share; the rest gets
@@ -73,7 +77,7 @@ def choose_tiling(chip: Chip, tokens: int, width: int, expert_width: int, expert
             heights = (tall, *(h for h in ((384, 256, 128, 32) if wide else (256, 128, 64, 32)) if h < tall - 16))
         floor, fixed = (128, 110) if wide else (40, 8)
         tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed)
-        if tiling.vmem > 0 and Scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
+        if tiling.vmem > 0 and (scratch or Scratch)(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
             return tiling
     return None
 

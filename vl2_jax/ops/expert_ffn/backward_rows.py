@@ -1,0 +1,357 @@
+"""Gradients of the experts' rows as one Pallas kernel for TPUs, built as the forward kernel is.
+
+    one tile:  gather rows of x and dout  ->  e = dout down^T  ->  gate, up  ->  hidden rows again, dgated, dupped
+               ->  dgated gate^T + dupped up^T  ->  dx[token] += row
+    to HBM:    dx, the gradients of the combine weights, and for `backward_weights` the rows of `ExpertRows`
+
+The sums of dx are float32 in vector memory. See `backward` for the maths and `pallas_tpu` for the order of work.
+
+N tokens, k experts a token, D model width, E experts, F expert width, M rows of a tile, R rows by expert, each expert's
+padded to 16.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from vl2_jax.ops.expert_ffn.backward_weights import TAIL, ExpertRows
+from vl2_jax.ops.expert_ffn.rows import (
+    PRODUCT_DEPTH,
+    Gathered,
+    Ordered,
+    Rows,
+    clear,
+    first_expert,
+    list_experts,
+    order_by_expert,
+    pieces_of,
+    product,
+    product_along,
+    walk_tiles,
+)
+from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling, round_up
+
+_COLUMNS = 2 * LANES  # of one step of the products with transposed weights
+_UNIT = 16  # rows that one copy to HBM moves
+
+
+class BackwardScratch(Scratch):
+    def vector_buffers(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
+        """As in `Scratch`."""
+        tall, move = self.tiling.heights[0], min(self.tiling.move, tokens)
+        gathered = self.gathered_a_step * self.down_steps
+        d, f = self.width, self.expert_width
+        combined = self.combined_a_step * self.gate_steps
+        return [
+            ((2, d, f), "bfloat16"),  # gate of two experts
+            ((2, d, f), "bfloat16"),  # up
+            ((2, f, d), "bfloat16"),  # down
+            *[((round_up((tokens + 1) * self.words, 8), LANES), "int32")] * 2,  # x and dout
+            ((round_up((tokens + 1) * self.lines, 64), LANES), "float32"),  # sums
+            ((round_up(tokens + 1, 64), LANES), "float32"),  # gradients of the combine weights, a lane a slot
+            *[((gathered, d), "bfloat16")] * 2,  # rows of x and dout of a tile
+            *[((self.gathered_a_step * self.word_pitch, LANES), "int32")] * 2,  # rows on their way there
+            ((gathered, LANES), "float32"),  # their combine weights
+            ((tall, f), "float32"),  # dout down^T
+            ((tall, 2 * LANES), "float32"),  # gate and up products of one step
+            ((tall, LANES), "float32"),  # sums over columns, a lane each, that give the combine weights' gradients
+            ((combined, LANES), "float32"),  # those of the tile before
+            ((tall, 2 * f), "bfloat16"),  # dgated | dupped
+            ((tall, f), "bfloat16"),  # weighted hidden rows
+            ((round_up(combined * self.line_pitch, 8), LANES), "float32"),  # rows of dx
+            ((IN_FLIGHT, move, d), "bfloat16"),  # x and dout, arriving
+            ((IN_FLIGHT, move, d), "bfloat16"),  # sums, leaving
+        ]
+
+
+class RowsGradients(NamedTuple):
+    dx: Float[Array, "N D"]
+    dweights: Float[Array, "N k"]
+    rows: ExpertRows
+    starts: Int[Array, " E+1"]  # where the rows of each expert begin
+
+
+def rows_gradients(
+    x: Float[Array, "N D"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    expert_ids: Int[Array, "N k"],
+    combine_weights: Float[Array, "N k"],
+    dout: Float[Array, "N D"],
+    tiling: Tiling,
+) -> RowsGradients:
+    """Gradients of rows and combine weights, and the rows that gradients of the experts' weights are made of."""
+    (tokens, width), (experts, _, expert_width), k = x.shape, gate.shape, expert_ids.shape[1]
+    padded = round_up(tokens, 16)
+    x, dout = (jnp.pad(a, ((0, padded - tokens), (0, 0))) for a in (x, dout))
+    scratch = BackwardScratch(tiling, width, expert_width)
+    firsts = range(0, padded, tiling.chunk)
+    parts = [slice(first, min(first + tiling.chunk, tokens)) for first in firsts]
+    routings = [order_by_expert(expert_ids[part], combine_weights[part], experts, scratch.slack) for part in parts]
+    routings = [routing._replace(weights=jnp.pad(routing.weights, (0, 1))) for routing in routings]
+    starts = _starts(routings)
+    total = round_up(tokens * k, _UNIT) + (_UNIT * experts * len(parts)) + TAIL
+    like = functools.partial(jax.ShapeDtypeStruct, dtype=x.dtype)
+    shapes = [
+        like((padded, width)),
+        jax.ShapeDtypeStruct((padded, LANES), jnp.float32),
+        *(like((total, columns)) for columns in (width, width, 2 * expert_width, expert_width)),
+    ]
+    outs: Any = ()
+    for number, (first, routing) in enumerate(zip(firsts, routings)):
+        rows = min(tiling.chunk, padded - first)
+        body = functools.partial(_kernel, scratch=scratch, first_token=first, tokens=rows, k=k)
+        scalar, hbm = pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)
+        outs = pl.pallas_call(
+            body,
+            out_shape=shapes,
+            in_specs=[scalar] * 4 + [hbm] * (5 + len(outs)),
+            out_specs=[hbm] * len(shapes),
+            scratch_shapes=_scratch_shapes(scratch, rows, experts),
+            input_output_aliases={9 + i: i for i in range(len(outs))},  # later calls write into the same outputs
+            compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiling.vmem),
+            name="expert_ffn_rows_gradients",
+        )(*routing, starts[number : -1 : len(parts)], x, dout, gate, up, down, *outs)
+    dx, dweights, *rows = outs
+    return RowsGradients(dx[:tokens], dweights[:tokens, :k], ExpertRows(*rows), starts[:: len(parts)])
+
+
+def _starts(routings: list[Ordered]) -> Int[Array, " E*calls+1"]:
+    """Where the rows of every expert and call begin: by expert, then by call, so that an expert's are together."""
+    counts = jnp.stack([routing.counts for routing in routings], axis=1).ravel()
+    return jnp.pad(jnp.cumsum((counts + _UNIT - 1) // _UNIT * _UNIT, dtype=jnp.int32), (1, 0))
+
+
+def _scratch_shapes(s: BackwardScratch, tokens: int, experts: int) -> list[Any]:
+    """In the order of `_kernel`'s parameters."""
+    return [
+        *(pltpu.VMEM(shape, jnp.dtype(dtype)) for shape, dtype in s.vector_buffers(tokens)),
+        pltpu.SMEM((experts + 1,), jnp.int32),
+        pltpu.SMEM((experts + 2,), jnp.int32),
+        pltpu.SemaphoreType.DMA((2, 3)),
+        pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
+        pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
+        pltpu.SemaphoreType.DMA((4,)),
+    ]
+
+
+def _kernel(
+    pairs, counts, weights, starts, x_hbm, dout_hbm, gate_hbm, up_hbm, down_hbm, *rest, scratch, first_token, tokens, k
+):  # fmt: skip
+    """All row tiles of all experts that were hit, for the tokens from `first_token` on."""
+    (dx_hbm, dweights_hbm, x_rows, dout_rows, dgated_rows, weighted_rows, gate, up, down, x_words, dout_words, sums,
+     dweights, x_tile, dout_tile, x_stage, dout_stage, row_weights, projected, gate_up, lane_sums, lane_sums_before,
+     dgated, weighted, outputs, arriving, leaving,
+     hit, offsets, weight_arrived, arrived, left, rows_left) = rest[-33:]  # fmt: skip
+    s, heights = scratch, scratch.tiling.heights
+    f32, bf16 = jnp.float32, jnp.bfloat16
+
+    def weight_copies(number):
+        """In the order of their use: down, gate, up."""
+        slot = number % 2
+        return [
+            pltpu.make_async_copy(source.at[hit[number]], target.at[slot], weight_arrived.at[slot, part])
+            for part, (source, target) in enumerate(((down_hbm, down), (gate_hbm, gate), (up_hbm, up)))
+        ]
+
+    def fetch_expert(number):
+        for copy in weight_copies(number):
+            copy.start()
+
+    rows = Rows(s, pairs, first_token, tokens, k)
+    rows.ask(x_hbm, arriving, arrived)
+    hit[0] = first_expert(counts)
+    experts_hit = list_experts(counts, hit, offsets)
+    rows.pack(x_hbm, arriving, arrived, x_words)
+    rows.ask(dout_hbm, arriving, arrived)
+    fetch_expert(0)
+    rows.pack(dout_hbm, arriving, arrived, dout_words)
+    clear(sums)
+    clear(dweights)
+
+    # Rows of a tile leave for the weights' gradients.
+
+    leaving_rows = ((x_tile, x_rows), (dout_tile, dout_rows), (dgated, dgated_rows), (weighted, weighted_rows))
+
+    def units_of(first, end):
+        return (end - first + _UNIT - 1) // _UNIT
+
+    def row_copy(stream, at, unit):
+        source, target = leaving_rows[stream]
+        here, there = (pl.multiple_of(begin + unit * _UNIT, _UNIT) for begin in (0, at))
+        return pltpu.make_async_copy(
+            source.at[pl.ds(here, _UNIT)], target.at[pl.ds(there, _UNIT)], rows_left.at[stream]
+        )
+
+    def send_rows(streams, place):
+        at = starts[hit[place.number]] + place.row - offsets[place.number]
+
+        def send_unit(unit, _):
+            for stream in streams:
+                row_copy(stream, at, unit).start()
+            return 0
+
+        lax.fori_loop(0, units_of(place.row, place.end), send_unit, 0)
+
+    def await_rows(streams, first, end):
+        def await_unit(unit, _):
+            for stream in streams:
+                row_copy(stream, 0, unit).wait()
+            return 0
+
+        lax.fori_loop(0, units_of(first, end), await_unit, 0)
+
+    # Work that rides along with products.
+
+    nobody = weights.shape[0] - 1  # the weight of a row that does not exist, 0
+    sources = [Gathered(x_words, x_stage, x_tile), Gathered(dout_words, dout_stage, dout_tile)]
+
+    def gather(first, end, step, part=0, parts=1, zero=None):
+        rows.gather(sources, first, end, step, part, parts, zero)
+        for row in range(s.gathered_a_step * part // parts, s.gathered_a_step * (part + 1) // parts):
+            at = step * s.gathered_a_step + row
+            pair = jnp.where(first + at < end, pairs[first + at], nobody)
+            row_weights[pl.ds(at, 1), :] = jnp.full((1, LANES), weights[pair])
+
+    def combine(first, end, step, part=0, parts=1, zero=None):
+        rows.combine(outputs, sums, None, first, end, step, part, parts, zero)
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        for r in range(s.combined_a_step * part // parts, s.combined_a_step * (part + 1) // parts):
+            at = step + r * s.gate_steps
+            pair = pairs[first + at]
+            token = pl.ds(jnp.where(first + at < end, pair >> rows.slot_bits, tokens), 1)
+            is_slot = lane == (pair & ((1 << rows.slot_bits) - 1))
+            dweights[token, :] = jnp.where(is_slot, lane_sums_before[pl.ds(at, 1), :], dweights[token, :])
+
+    def activate(height, column, part=0, parts=1):
+        """Hidden rows again and the gradients of gate and up, one step's columns, a part of the rows."""
+        low, high = (height // 16 * (part + i) // parts * 16 for i in range(2))
+        if low < high:
+            columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
+            beside = pl.ds(pl.multiple_of(s.expert_width + column * LANES, LANES), LANES)
+            g, u = gate_up[low:high, :LANES], gate_up[low:high, LANES:]
+            e, weight = projected[low:high, columns], row_weights[low:high, :]
+            sigmoid = 1.0 / (1.0 + jnp.exp(-g))
+            silu = g * sigmoid
+            hidden, dhidden = silu * u, weight * e
+            dgated[low:high, columns] = (dhidden * u * (sigmoid + silu * (1.0 - sigmoid))).astype(bf16)
+            dgated[low:high, beside] = (dhidden * silu).astype(bf16)
+            weighted[low:high, columns] = (hidden * weight).astype(bf16)
+            lane_sums[low:high, :] = jnp.where(column == 0, 0.0, lane_sums[low:high, :]) + hidden * e
+
+    def transposed_dot(left, right):
+        return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=f32)
+
+    def tile(height, place):
+        """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
+        slot = place.number % 2
+
+        def project(columns):
+            def partial_product(k, size):
+                return transposed_dot(dout_tile[0:height, k : k + size], down[slot, columns, k : k + size])
+
+            projected[0:height, columns] = product_along(s.width, partial_product, None)
+
+        def project_step(step, _):
+            project(pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS))
+            return 0
+
+        def gate_step(step, _):
+            columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
+
+            def partial_product(k, size):
+                both = [kernel[slot, k : k + size, columns] for kernel in (gate, up)]
+                return jnp.dot(
+                    x_tile[0:height, k : k + size], jnp.concatenate(both, axis=1), preferred_element_type=f32
+                )
+
+            def ride(part, parts, zero):
+                # The step before is activated; before the first step that is garbage, and overwritten.
+                activate(height, jnp.maximum(step - 1, 0), part, parts)
+                combine(place.previous, place.previous_end, step, part, parts, zero)
+
+            gate_up[0:height, :] = product_along(s.width, partial_product, ride)
+            return 0
+
+        def dx_step(step, _):
+            columns = pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS)
+
+            def partial_product(kernel, begin, k, size):
+                left = dgated[0:height, begin + k : begin + k + size]
+                return transposed_dot(left, kernel[slot, columns, k : k + size])
+
+            def ride(part, parts, zero):
+                gather(place.end, place.following_end, step, part, parts, zero)
+
+            partial_products = [
+                functools.partial(partial_product, kernel, begin, *piece)
+                for kernel, begin in ((gate, 0), (up, s.expert_width))
+                for piece in pieces_of(s.expert_width, PRODUCT_DEPTH)
+            ]
+            rows.put_out(product(partial_products, ride), outputs, step)
+            return 0
+
+        lax.fori_loop(0, s.expert_width // _COLUMNS, project_step, 0)
+        if s.expert_width % _COLUMNS:
+            project(slice(s.expert_width // _COLUMNS * _COLUMNS, s.expert_width))
+
+        @pl.when(place.is_first)
+        def _():
+            for copy in weight_copies(place.number)[1:]:
+                copy.wait()
+
+        await_rows((2, 3), place.previous, place.previous_end)
+        lax.fori_loop(0, s.gate_steps, gate_step, 0)
+        activate(height, s.gate_steps - 1)
+        lane_sums_before[0:height, :] = jnp.broadcast_to(
+            jnp.sum(lane_sums[0:height, :], axis=1, keepdims=True), (height, LANES)
+        )
+        send_rows((2, 3), place)
+        await_rows((0, 1), place.row, place.end)
+        lax.fori_loop(0, s.down_steps, dx_step, 0)
+
+    # All tiles, expert by expert.
+
+    def gather_first(step, _):
+        gather(0, jnp.minimum(offsets[1], heights[0]), step)
+        return 0
+
+    lax.fori_loop(0, s.down_steps, gather_first, 0)
+
+    def begin_tile(place):
+        send_rows((0, 1), place)
+
+        @pl.when(place.is_first)
+        def _():
+            pl.when(place.number + 1 < experts_hit)(lambda: fetch_expert(place.number + 1))
+            weight_copies(place.number)[0].wait()
+
+    previous, previous_end = walk_tiles(s.tiling, offsets, experts_hit, begin_tile, tile)
+    await_rows((2, 3), previous, previous_end)
+
+    def await_expert():
+        for copy in weight_copies(0):
+            copy.wait()
+
+    pl.when(experts_hit == 0)(await_expert)  # it was asked for ahead of the count, and nothing waited for it
+
+    def combine_last(step, _):
+        combine(previous, previous_end, step)
+        return 0
+
+    lax.fori_loop(0, jnp.minimum(s.gate_steps, previous_end - previous), combine_last, 0)
+    copy = pltpu.make_async_copy(
+        dweights.at[pl.ds(0, tokens)], dweights_hbm.at[pl.ds(first_token, tokens)], rows_left.at[0]
+    )
+    copy.start()
+    rows.send(sums, leaving, dx_hbm, left)
+    copy.wait()
