@@ -116,7 +116,7 @@ def test_the_kernel_has_no_races(capfd):
 def test_the_kernels_of_gradients_have_no_races(capfd):
     arguments = rounded(problem(3, 40, 4, 2, 256, 128))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        jax.block_until_ready(backward.backward(*arguments, arguments[0], tiling=SMALL_TILING))
+        jax.block_until_ready(backward.backward(*arguments, arguments[0], tiling=gradient_tiling(256, 128)))
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -129,30 +129,35 @@ ROUTINGS = {
 }
 
 
+def gradient_tiling(width, hidden):
+    """Two heights, and vector memory for blocks of 128 rows only: what an interpreted kernel repeats, it compiles."""
+    vmem = backward_weights.Buffers(width, hidden, depths=1).bytes + (1 << 20)
+    return replace(SMALL_TILING, heights=(32, 16), vmem=vmem)
+
+
+def gradients_agree(arguments, dout, tiling):
+    x, gate, up, down, ids, weights = arguments
+    ours = interpreted(backward.backward, *arguments, dout, tiling=tiling)
+    _, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
+    for a, b in zip(ours, vjp(dout), strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_gradients_of_the_kernels_equal_those_of_the_reference(routing):
     """Two calls of 48 and 16 tokens share the rows of each expert."""
     x, gate, up, down, ids, weights = rounded(problem(5, 50, 6, 3, 256, 128))
     ids = ROUTINGS[routing](ids)
     dout = jax.random.normal(jax.random.key(9), x.shape)
-    ours = interpreted(backward.backward, x, gate, up, down, ids, weights, dout, tiling=SMALL_TILING)
-    _, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
-    for a, b in zip(ours, vjp(dout), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+    gradients_agree((x, gate, up, down, ids, weights), dout, gradient_tiling(256, 128))
 
 
-@pytest.mark.parametrize(("width", "hidden"), [(512, 384), (768, 256)])
-def test_gradients_of_odd_widths_and_many_rows_equal_those_of_the_reference(width, hidden):
-    """An odd number of column tiles, tiles of all heights, experts of more than one tile."""
-    x, gate, up, down, ids, weights = rounded(problem(8, 200, 3, 2, width, hidden))
+def test_gradients_of_odd_widths_and_many_rows_equal_those_of_the_reference():
+    """An odd number of column tiles, experts of several row tiles and of several blocks."""
+    x, gate, up, down, ids, weights = rounded(problem(8, 100, 2, 2, 512, 384))
     dout = jax.random.normal(jax.random.key(9), x.shape)
-    tiling = replace(SMALL_TILING, chunk=208)
-    ours = interpreted(backward.backward, x, gate, up, down, ids, weights, dout, tiling=tiling)
-    _, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
-    for a, b in zip(ours, vjp(dout), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+    gradients_agree((x, gate, up, down, ids, weights), dout, replace(gradient_tiling(512, 384), chunk=112))
 
 
 def test_gradients_of_weights_sum_over_all_blocks_of_an_expert():
@@ -208,18 +213,13 @@ def test_experts_that_are_not_here_give_nothing(tokens):
 
 
 @pytest.mark.parametrize("first", [0, 2, 6])
-def test_the_kernels_leave_out_experts_that_are_not_here(first):
+def test_the_kernel_leaves_out_experts_that_are_not_here(first):
     x, gate, up, down, ids, weights = rounded(problem(5, 50, 6, 3, 256, 128))
     ids = part_of(ids, first, 2)
-    gate, up, down = (a[:2] for a in (gate, up, down))
-    dout = jax.random.normal(jax.random.key(9), x.shape)
-    arguments = (x, gate, up, down, ids, weights)
+    arguments = (x, *(a[:2] for a in (gate, up, down)), ids, weights)
     out = interpreted(pallas_tpu.expert_ffn, *arguments, spread_over=6, tiling=SMALL_TILING)
-    ours = interpreted(backward.backward, *arguments, dout, spread_over=6, tiling=SMALL_TILING)
-    expected, vjp = jax.vjp(lambda *a: wide_reference(*a[:4], ids, a[4]), x, gate, up, down, weights)
-    for a, b in zip((out, *ours), (expected, *vjp(dout)), strict=True):
-        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-        assert np.abs(a - b).max() <= 2e-2 * np.abs(b).max()
+    expected = np.asarray(wide_reference(*arguments))
+    assert np.abs(np.asarray(out, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
 def test_the_kernel_ends_well_without_any_row_to_multiply():

@@ -44,11 +44,20 @@ _UNIT = 16  # rows that one copy to HBM moves
 
 
 class BackwardScratch(Scratch):
+    @property
+    def gathered_a_gate_step(self) -> int:
+        """Rows of dout of the next tile that are gathered beside one step of the gate and up products."""
+        return 16 * -(-(self.tiling.heights[0] // 16) // self.gate_steps)
+
+    @property
+    def slack(self) -> int:
+        return max(super().slack, self.gathered_a_gate_step * self.gate_steps)
+
     def vector_buffers(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
         """As in `Scratch`."""
         tall, move = self.tiling.heights[0], min(self.tiling.move, tokens)
-        gathered = self.gathered_a_step * self.down_steps
         d, f = self.width, self.expert_width
+        steps = ((self.gathered_a_step, self.down_steps), (self.gathered_a_gate_step, self.gate_steps))
         combined = self.combined_a_step * self.gate_steps
         return [
             ((2, d, f), "bfloat16"),  # gate of two experts
@@ -57,9 +66,9 @@ class BackwardScratch(Scratch):
             *[((round_up((tokens + 1) * self.words, 8), LANES), "int32")] * 2,  # x and dout
             ((round_up((tokens + 1) * self.lines, 64), LANES), "float32"),  # sums
             ((round_up(tokens + 1, 64), LANES), "float32"),  # gradients of the combine weights, a lane a slot
-            *[((gathered, d), "bfloat16")] * 2,  # rows of x and dout of a tile
-            *[((self.gathered_a_step * self.word_pitch, LANES), "int32")] * 2,  # rows on their way there
-            ((gathered, LANES), "float32"),  # their combine weights
+            *[((rows * times, d), "bfloat16") for rows, times in steps],  # rows of x and dout of a tile
+            *[((rows * self.word_pitch, LANES), "int32") for rows, _ in steps],  # rows on their way there
+            ((self.gathered_a_step * self.down_steps, LANES), "float32"),  # their combine weights
             ((tall, f), "float32"),  # dout down^T
             ((tall, 2 * LANES), "float32"),  # gate and up products of one step
             ((tall, LANES), "float32"),  # sums over columns, a lane each, that give the combine weights' gradients
@@ -213,10 +222,11 @@ def _kernel(
     # Work that rides along with products.
 
     nobody = weights.shape[0] - 1  # the weight of a row that does not exist, 0
-    sources = [Gathered(x_words, x_stage, x_tile), Gathered(dout_words, dout_stage, dout_tile)]
+    gather_dout = functools.partial(rows.gather, Gathered(dout_words, dout_stage, dout_tile), s.gathered_a_gate_step)
 
-    def gather(first, end, step, part=0, parts=1, zero=None):
-        rows.gather(sources, first, end, step, part, parts, zero)
+    def gather_x(first, end, step, part=0, parts=1, zero=None):
+        """And the combine weights of these rows."""
+        rows.gather(Gathered(x_words, x_stage, x_tile), s.gathered_a_step, first, end, step, part, parts, zero)
         for row in range(s.gathered_a_step * part // parts, s.gathered_a_step * (part + 1) // parts):
             at = step * s.gathered_a_step + row
             pair = jnp.where(first + at < end, pairs[first + at], nobody)
@@ -255,14 +265,20 @@ def _kernel(
         """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
         slot = place.number % 2
 
-        def project(columns):
+        def project(columns, combined):
+            """dout down^T; beside it the `combined` steps of combining the tile before."""
+
             def partial_product(k, size):
                 return transposed_dot(dout_tile[0:height, k : k + size], down[slot, columns, k : k + size])
 
-            projected[0:height, columns] = product_along(s.width, partial_product, None)
+            def ride(part, parts, zero):
+                for step in combined:
+                    combine(place.previous, place.previous_end, step, part, parts, zero)
+
+            projected[0:height, columns] = product_along(s.width, partial_product, ride)
 
         def project_step(step, _):
-            project(pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS))
+            project(pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS), (2 * step, 2 * step + 1))
             return 0
 
         def gate_step(step, _):
@@ -277,7 +293,7 @@ def _kernel(
             def ride(part, parts, zero):
                 # The step before is activated; before the first step that is garbage, and overwritten.
                 activate(height, jnp.maximum(step - 1, 0), part, parts)
-                combine(place.previous, place.previous_end, step, part, parts, zero)
+                gather_dout(place.end, place.following_end, step, part, parts, zero)
 
             gate_up[0:height, :] = product_along(s.width, partial_product, ride)
             return 0
@@ -290,7 +306,7 @@ def _kernel(
                 return transposed_dot(left, kernel[slot, columns, k : k + size])
 
             def ride(part, parts, zero):
-                gather(place.end, place.following_end, step, part, parts, zero)
+                gather_x(place.end, place.following_end, step, part, parts, zero)
 
             partial_products = [
                 functools.partial(partial_product, kernel, begin, *piece)
@@ -302,7 +318,7 @@ def _kernel(
 
         lax.fori_loop(0, s.expert_width // _COLUMNS, project_step, 0)
         if s.expert_width % _COLUMNS:
-            project(slice(s.expert_width // _COLUMNS * _COLUMNS, s.expert_width))
+            project(slice(s.expert_width - LANES, s.expert_width), (s.gate_steps - 1,))
 
         @pl.when(place.is_first)
         def _():
@@ -310,22 +326,25 @@ def _kernel(
                 copy.wait()
 
         await_rows((2, 3), place.previous, place.previous_end)
+        await_rows((1,), place.row, place.end)
         lax.fori_loop(0, s.gate_steps, gate_step, 0)
         activate(height, s.gate_steps - 1)
         lane_sums_before[0:height, :] = jnp.broadcast_to(
             jnp.sum(lane_sums[0:height, :], axis=1, keepdims=True), (height, LANES)
         )
         send_rows((2, 3), place)
-        await_rows((0, 1), place.row, place.end)
+        await_rows((0,), place.row, place.end)
         lax.fori_loop(0, s.down_steps, dx_step, 0)
 
     # All tiles, expert by expert.
 
-    def gather_first(step, _):
-        gather(0, jnp.minimum(offsets[1], heights[0]), step)
-        return 0
+    for gather, steps in ((gather_x, s.down_steps), (gather_dout, s.gate_steps)):
 
-    lax.fori_loop(0, s.down_steps, gather_first, 0)
+        def gather_first(step, _, gather=gather):
+            gather(0, jnp.minimum(offsets[1], heights[0]), step)
+            return 0
+
+        lax.fori_loop(0, steps, gather_first, 0)
 
     def begin_tile(place):
         send_rows((0, 1), place)

@@ -151,7 +151,7 @@ def _kernel(
     rows.pack(x_hbm, arriving, x_arrived, x_words, when_all_are_asked_for=lambda: fetch_expert(0))
     clear(sums)
 
-    gather = functools.partial(rows.gather, [Gathered(x_words, stage, x_tile)])
+    gather = functools.partial(rows.gather, Gathered(x_words, stage, x_tile), s.gathered_a_step)
     combine = functools.partial(rows.combine, outputs, sums, weights)
 
     def activate(height, column, part=0, parts=1):

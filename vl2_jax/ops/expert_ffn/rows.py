@@ -137,29 +137,27 @@ class Rows:
     # Work that rides along with products. `zero` are zeros that depend on a product: without them the scheduler puts
     # this work before the product, where it hides nothing.
 
-    def gather(self, sources: list[Gathered], first, end, step, part=0, parts=1, zero=None):
+    def gather(self, source: Gathered, a_step, first, end, step, part=0, parts=1, zero=None):
         """Rows `first` to `end` of the next tile, as far as this part of this step goes: words to tile."""
         s = self.scratch
-        groups = s.gathered_a_step // 16
+        groups = a_step // 16
         for group in range(groups * part // parts, groups * (part + 1) // parts):
-            base = pl.multiple_of(step * s.gathered_a_step + group * 16, 16)
+            base = pl.multiple_of(step * a_step + group * 16, 16)
             for r in range(16):
                 row = first + base + r
                 at = jnp.where(row < end, self.pairs[row] >> self.slot_bits, self.tokens) * s.words
                 at = _whole_vectors(at, s.words)
                 for line, count in pieces_of(s.words, 8):
                     to = (group * 16 + r) * s.word_pitch + line
-                    for source in sources:
-                        words = source.words[pl.ds(at + line, count), :]
-                        source.stage[to : to + count, :] = words if zero is None else words | zero[:count]
-            for source in sources:
-                for c in range(s.words):
-                    at = group * 16 * s.word_pitch + c
-                    even, odd = (
-                        source.stage[pl.ds(at + i * s.word_pitch, 8, stride=2 * s.word_pitch), :] for i in range(2)
-                    )
-                    for half, words in enumerate(exchange_halves(even, odd)):
-                        source.tile[pl.ds(base, 16), columns_of(2 * c + half)] = pltpu.bitcast(words, jnp.bfloat16)
+                    words = source.words[pl.ds(at + line, count), :]
+                    source.stage[to : to + count, :] = words if zero is None else words | zero[:count]
+            for c in range(s.words):
+                at = group * 16 * s.word_pitch + c
+                even, odd = (
+                    source.stage[pl.ds(at + i * s.word_pitch, 8, stride=2 * s.word_pitch), :] for i in range(2)
+                )
+                for half, words in enumerate(exchange_halves(even, odd)):
+                    source.tile[pl.ds(base, 16), columns_of(2 * c + half)] = pltpu.bitcast(words, jnp.bfloat16)
 
     def put_out(self, product, outputs, step):
         """A product's columns as lines of the outputs' rows."""
