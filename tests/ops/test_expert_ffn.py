@@ -106,6 +106,14 @@ def test_tall_tiles_equal_the_reference(name, tokens):
     assert np.abs(ours - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
+def test_experts_cut_into_parts_equal_the_reference():
+    """Halves of three tiles of columns overlap; 13 tokens, so that there is one call."""
+    arguments = rounded(problem(4, 13, 6, 3, 256, 384))
+    ours = np.asarray(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=replace(SMALL_TILING, parts=2)), np.float32)
+    expected = np.asarray(wide_reference(*arguments))
+    assert np.abs(ours - expected).max() <= 1e-2 * np.abs(expected).max()
+
+
 def test_the_kernel_has_no_races(capfd):
     arguments = rounded(problem(3, 40, 4, 2, 256, 128))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
@@ -153,11 +161,12 @@ def test_gradients_of_the_kernels_equal_those_of_the_reference(routing):
     gradients_agree((x, gate, up, down, ids, weights), dout, gradient_tiling(256, 128))
 
 
-def test_gradients_of_odd_widths_and_many_rows_equal_those_of_the_reference():
-    """An odd number of column tiles, experts of several row tiles and of several blocks."""
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_odd_widths_and_many_rows_equal_those_of_the_reference(parts):
+    """An odd number of column tiles, so that halves of an expert overlap; experts of several tiles and blocks."""
     x, gate, up, down, ids, weights = rounded(problem(8, 100, 2, 2, 512, 384))
     dout = jax.random.normal(jax.random.key(9), x.shape)
-    gradients_agree((x, gate, up, down, ids, weights), dout, replace(gradient_tiling(512, 384), chunk=112))
+    gradients_agree((x, gate, up, down, ids, weights), dout, replace(gradient_tiling(512, 384), chunk=112, parts=parts))
 
 
 def test_gradients_of_weights_sum_over_all_blocks_of_an_expert():

@@ -26,12 +26,14 @@ from vl2_jax.ops.expert_ffn.backward_weights import TAIL, ExpertRows
 from vl2_jax.ops.expert_ffn.rows import (
     PRODUCT_DEPTH,
     Gathered,
-    Ordered,
     Rows,
     clear,
+    cleared_of_overlap,
+    cut_experts,
     first_expert,
     list_experts,
     order_by_expert,
+    part_of,
     pieces_of,
     product,
     product_along,
@@ -56,7 +58,7 @@ class BackwardScratch(Scratch):
     def vector_buffers(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
         """As in `Scratch`."""
         tall, move = self.tiling.heights[0], min(self.tiling.move, tokens)
-        d, f = self.width, self.expert_width
+        d, f = self.width, self.part_width
         steps = ((self.gathered_a_step, self.down_steps), (self.gathered_a_gate_step, self.gate_steps))
         combined = self.combined_a_step * self.gate_steps
         return [
@@ -103,12 +105,14 @@ def rows_gradients(
     padded = round_up(tokens, 16)
     x, dout = (jnp.pad(a, ((0, padded - tokens), (0, 0))) for a in (x, dout))
     scratch = BackwardScratch(tiling, width, expert_width)
+    expert_ids, combine_weights = cut_experts(expert_ids, combine_weights, experts, tiling.parts)
+    experts, k = experts * tiling.parts, k * tiling.parts
     firsts = range(0, padded, tiling.chunk)
     parts = [slice(first, min(first + tiling.chunk, tokens)) for first in firsts]
     routings = [order_by_expert(expert_ids[part], combine_weights[part], experts, scratch.slack) for part in parts]
     routings = [routing._replace(weights=jnp.pad(routing.weights, (0, 1))) for routing in routings]
-    starts = _starts(routings)
-    total = round_up(tokens * k, _UNIT) + (_UNIT * experts * len(parts)) + TAIL
+    starts = _starts([routing.counts[:: tiling.parts] for routing in routings])
+    total = round_up(expert_ids.size // tiling.parts, _UNIT) + _UNIT * experts // tiling.parts * len(parts) + TAIL
     like = functools.partial(jax.ShapeDtypeStruct, dtype=x.dtype)
     shapes = [
         like((padded, width)),
@@ -131,13 +135,14 @@ def rows_gradients(
             name="expert_ffn_rows_gradients",
         )(*routing, starts[number : -1 : len(parts)], x, dout, gate, up, down, *outs)
     dx, dweights, *rows = outs
-    return RowsGradients(dx[:tokens], dweights[:tokens, :k], ExpertRows(*rows), starts[:: len(parts)])
+    dweights = dweights[:tokens, :k].reshape(tokens, tiling.parts, -1).sum(axis=1)
+    return RowsGradients(dx[:tokens], dweights, ExpertRows(*rows), starts[:: len(parts)])
 
 
-def _starts(routings: list[Ordered]) -> Int[Array, " E*calls+1"]:
+def _starts(counts: list[Int[Array, " E"]]) -> Int[Array, " E*calls+1"]:
     """Where the rows of every expert and call begin: by expert, then by call, so that an expert's are together."""
-    counts = jnp.stack([routing.counts for routing in routings], axis=1).ravel()
-    return jnp.pad(jnp.cumsum((counts + _UNIT - 1) // _UNIT * _UNIT, dtype=jnp.int32), (1, 0))
+    units = (jnp.stack(counts, axis=1).ravel() + _UNIT - 1) // _UNIT
+    return jnp.pad(jnp.cumsum(units * _UNIT, dtype=jnp.int32), (1, 0))
 
 
 def _scratch_shapes(s: BackwardScratch, tokens: int, experts: int) -> list[Any]:
@@ -149,7 +154,7 @@ def _scratch_shapes(s: BackwardScratch, tokens: int, experts: int) -> list[Any]:
         pltpu.SemaphoreType.DMA((2, 3)),
         pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
         pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
-        pltpu.SemaphoreType.DMA((4,)),
+        pltpu.SemaphoreType.DMA((3,)),
     ]
 
 
@@ -166,10 +171,16 @@ def _kernel(
 
     def weight_copies(number):
         """In the order of their use: down, gate, up."""
-        slot = number % 2
+        slot, part = number % 2, part_of(hit[number], s)
+        columns = pl.ds(part.first_column, s.part_width)
+        pairs = (
+            (down_hbm.at[part.expert, columns], down),
+            (gate_hbm.at[part.expert, :, columns], gate),
+            (up_hbm.at[part.expert, :, columns], up),
+        )
         return [
-            pltpu.make_async_copy(source.at[hit[number]], target.at[slot], weight_arrived.at[slot, part])
-            for part, (source, target) in enumerate(((down_hbm, down), (gate_hbm, gate), (up_hbm, up)))
+            pltpu.make_async_copy(source, target.at[slot], weight_arrived.at[slot, i])
+            for i, (source, target) in enumerate(pairs)
         ]
 
     def fetch_expert(number):
@@ -189,35 +200,46 @@ def _kernel(
 
     # Rows of a tile leave for the weights' gradients.
 
-    leaving_rows = ((x_tile, x_rows), (dout_tile, dout_rows), (dgated, dgated_rows), (weighted, weighted_rows))
-
     def units_of(first, end):
         return (end - first + _UNIT - 1) // _UNIT
 
-    def row_copy(stream, at, unit):
-        source, target = leaving_rows[stream]
-        here, there = (pl.multiple_of(begin + unit * _UNIT, _UNIT) for begin in (0, at))
-        return pltpu.make_async_copy(
-            source.at[pl.ds(here, _UNIT)], target.at[pl.ds(there, _UNIT)], rows_left.at[stream]
+    def row_copies(streams, number, at, unit):
+        """x, dout (0, 1) and the columns of a part of an expert (2): dgated, dupped, weighted hidden rows."""
+        width, column = s.part_width, part_of(hit[number], s).first_column
+        here, there = (pl.ds(pl.multiple_of(begin + unit * _UNIT, _UNIT), _UNIT) for begin in (0, at))
+        columns, beside = (pl.ds(pl.multiple_of(i * s.expert_width + column, LANES), width) for i in range(2))
+        ways = (
+            [(x_tile.at[here], x_rows.at[there])],
+            [(dout_tile.at[here], dout_rows.at[there])],
+            [
+                (dgated.at[here, :width], dgated_rows.at[there, columns]),
+                (dgated.at[here, width:], dgated_rows.at[there, beside]),
+                (weighted.at[here], weighted_rows.at[there, columns]),
+            ],
         )
+        return [pltpu.make_async_copy(*way, rows_left.at[stream]) for stream in streams for way in ways[stream]]
 
     def send_rows(streams, place):
-        at = starts[hit[place.number]] + place.row - offsets[place.number]
+        at = starts[part_of(hit[place.number], s).expert] + place.row - offsets[place.number]
 
         def send_unit(unit, _):
-            for stream in streams:
-                row_copy(stream, at, unit).start()
+            for copy in row_copies(streams, place.number, at, unit):
+                copy.start()
             return 0
 
         lax.fori_loop(0, units_of(place.row, place.end), send_unit, 0)
 
-    def await_rows(streams, first, end):
+    def await_rows(stream, first, end):
         def await_unit(unit, _):
-            for stream in streams:
-                row_copy(stream, 0, unit).wait()
+            for copy in row_copies((stream,), 0, 0, unit):
+                copy.wait()
             return 0
 
         lax.fori_loop(0, units_of(first, end), await_unit, 0)
+
+    def are_new(place):
+        """Rows of x and dout are the same for all parts of an expert."""
+        return part_of(hit[place.number], s).is_first
 
     # Work that rides along with products.
 
@@ -242,14 +264,15 @@ def _kernel(
             is_slot = lane == (pair & ((1 << rows.slot_bits) - 1))
             dweights[token, :] = jnp.where(is_slot, lane_sums_before[pl.ds(at, 1), :], dweights[token, :])
 
-    def activate(height, column, part=0, parts=1):
+    def activate(height, number, column, part=0, parts=1):
         """Hidden rows again and the gradients of gate and up, one step's columns, a part of the rows."""
         low, high = (height // 16 * (part + i) // parts * 16 for i in range(2))
         if low < high:
             columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
-            beside = pl.ds(pl.multiple_of(s.expert_width + column * LANES, LANES), LANES)
+            beside = pl.ds(pl.multiple_of(s.part_width + column * LANES, LANES), LANES)
             g, u = gate_up[low:high, :LANES], gate_up[low:high, LANES:]
             e, weight = projected[low:high, columns], row_weights[low:high, :]
+            e = cleared_of_overlap(e, column, part_of(hit[number], s), s)
             sigmoid = 1.0 / (1.0 + jnp.exp(-g))
             silu = g * sigmoid
             hidden, dhidden = silu * u, weight * e
@@ -292,7 +315,7 @@ def _kernel(
 
             def ride(part, parts, zero):
                 # The step before is activated; before the first step that is garbage, and overwritten.
-                activate(height, jnp.maximum(step - 1, 0), part, parts)
+                activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 gather_dout(place.end, place.following_end, step, part, parts, zero)
 
             gate_up[0:height, :] = product_along(s.width, partial_product, ride)
@@ -310,30 +333,30 @@ def _kernel(
 
             partial_products = [
                 functools.partial(partial_product, kernel, begin, *piece)
-                for kernel, begin in ((gate, 0), (up, s.expert_width))
-                for piece in pieces_of(s.expert_width, PRODUCT_DEPTH)
+                for kernel, begin in ((gate, 0), (up, s.part_width))
+                for piece in pieces_of(s.part_width, PRODUCT_DEPTH)
             ]
             rows.put_out(product(partial_products, ride), outputs, step)
             return 0
 
-        lax.fori_loop(0, s.expert_width // _COLUMNS, project_step, 0)
-        if s.expert_width % _COLUMNS:
-            project(slice(s.expert_width - LANES, s.expert_width), (s.gate_steps - 1,))
+        lax.fori_loop(0, s.part_width // _COLUMNS, project_step, 0)
+        if s.part_width % _COLUMNS:
+            project(slice(s.part_width - LANES, s.part_width), (s.gate_steps - 1,))
 
         @pl.when(place.is_first)
         def _():
             for copy in weight_copies(place.number)[1:]:
                 copy.wait()
 
-        await_rows((2, 3), place.previous, place.previous_end)
-        await_rows((1,), place.row, place.end)
+        await_rows(2, place.previous, place.previous_end)
+        pl.when(are_new(place))(lambda: await_rows(1, place.row, place.end))
         lax.fori_loop(0, s.gate_steps, gate_step, 0)
-        activate(height, s.gate_steps - 1)
+        activate(height, place.number, s.gate_steps - 1)
         lane_sums_before[0:height, :] = jnp.broadcast_to(
             jnp.sum(lane_sums[0:height, :], axis=1, keepdims=True), (height, LANES)
         )
-        send_rows((2, 3), place)
-        await_rows((0,), place.row, place.end)
+        send_rows((2,), place)
+        pl.when(are_new(place))(lambda: await_rows(0, place.row, place.end))
         lax.fori_loop(0, s.down_steps, dx_step, 0)
 
     # All tiles, expert by expert.
@@ -347,7 +370,7 @@ def _kernel(
         lax.fori_loop(0, steps, gather_first, 0)
 
     def begin_tile(place):
-        send_rows((0, 1), place)
+        pl.when(are_new(place))(lambda: send_rows((0, 1), place))
 
         @pl.when(place.is_first)
         def _():
@@ -355,7 +378,7 @@ def _kernel(
             weight_copies(place.number)[0].wait()
 
     previous, previous_end = walk_tiles(s.tiling, offsets, experts_hit, begin_tile, tile)
-    await_rows((2, 3), previous, previous_end)
+    await_rows(2, previous, previous_end)
 
     def await_expert():
         for copy in weight_copies(0):

@@ -32,9 +32,12 @@ from vl2_jax.ops.expert_ffn.rows import (
     Gathered,
     Rows,
     clear,
+    cleared_of_overlap,
+    cut_experts,
     first_expert,
     list_experts,
     order_by_expert,
+    part_of,
     product_along,
     walk_tiles,
 )
@@ -74,6 +77,8 @@ def expert_ffn(
     padded = round_up(tokens, 16)
     x = jnp.pad(x, ((0, padded - tokens), (0, 0)))
     scratch = Scratch(tiling, width, expert_width)
+    expert_ids, combine_weights = cut_experts(expert_ids, combine_weights, experts, tiling.parts)
+    experts, k = experts * tiling.parts, k * tiling.parts
     out: Array | None = None
     for first in range(0, padded, tiling.chunk):
         rows = min(tiling.chunk, padded - first)
@@ -117,20 +122,21 @@ def _kernel(
     s, heights = scratch, scratch.tiling.heights
     f32, bf16 = jnp.float32, jnp.bfloat16
 
-    def copy_of(source, target, number, part, columns):
-        slot = number % 2
-        return pltpu.make_async_copy(
-            source.at[hit[number], :, columns], target.at[slot, :, columns], weight_arrived.at[slot, part]
-        )
-
     def gate_up_copies(number):
-        pairs = ((gate_hbm, gate), (up_hbm, up))
-        return [copy_of(*pair, number, part, pl.ds(0, s.expert_width)) for part, pair in enumerate(pairs)]
+        slot, part = number % 2, part_of(hit[number], s)
+        columns = pl.ds(part.first_column, s.part_width)
+        return [
+            pltpu.make_async_copy(source.at[part.expert, :, columns], target.at[slot], weight_arrived.at[slot, i])
+            for i, (source, target) in enumerate(((gate_hbm, gate), (up_hbm, up)))
+        ]
 
     def down_copy(number, piece):
         """Down comes in pieces: the first columns are multiplied while the last ones arrive."""
+        slot, part = number % 2, part_of(hit[number], s)
         width = s.width // s.down_pieces
-        return copy_of(down_hbm, down, number, 2 + piece, pl.ds(pl.multiple_of(piece * width, LANES), width))
+        rows, columns = pl.ds(part.first_column, s.part_width), pl.ds(pl.multiple_of(piece * width, LANES), width)
+        source, target = down_hbm.at[part.expert, rows, columns], down.at[slot, :, columns]
+        return pltpu.make_async_copy(source, target, weight_arrived.at[slot, 2 + piece])
 
     def copies_of(number):
         return (*gate_up_copies(number), *(down_copy(number, piece) for piece in range(s.down_pieces)))
@@ -154,12 +160,13 @@ def _kernel(
     gather = functools.partial(rows.gather, Gathered(x_words, stage, x_tile), s.gathered_a_step)
     combine = functools.partial(rows.combine, outputs, sums, weights)
 
-    def activate(height, column, part=0, parts=1):
-        """silu(gate) * up of one step's columns, a part of the rows."""
+    def activate(height, number, column, part=0, parts=1):
+        """silu(gate) * up of one step's columns, a part of the rows; 0 where another part of the expert has them."""
         low, high = (height // 16 * (part + i) // parts * 16 for i in range(2))
         if low < high:
             g, u = gate_up[low:high, :LANES], gate_up[low:high, LANES:]
             columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
+            u = cleared_of_overlap(u, column, part_of(hit[number], s), s)
             hidden[low:high, columns] = (g * (1.0 / (1.0 + jnp.exp(-g))) * u).astype(bf16)
 
     def tile(height, place):
@@ -177,7 +184,7 @@ def _kernel(
 
             def ride(part, parts, zero):
                 # The step before is activated; before the first step that is garbage, and overwritten.
-                activate(height, jnp.maximum(step - 1, 0), part, parts)
+                activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 combine(place.previous, place.previous_end, step, part, parts, zero)
 
             gate_up[0:height, :] = product_along(s.width, partial_product, ride)
@@ -193,12 +200,12 @@ def _kernel(
             def ride(part, parts, zero):
                 gather(place.end, place.following_end, step, part, parts, zero)
 
-            total = product_along(s.expert_width, partial_product, ride)
+            total = product_along(s.part_width, partial_product, ride)
             rows.put_out(total, outputs, step)
             return 0
 
         lax.fori_loop(0, s.gate_steps, gate_step, 0)
-        activate(height, s.gate_steps - 1)
+        activate(height, place.number, s.gate_steps - 1)
 
         def down_piece(piece, _):
             pl.when(place.is_first)(lambda: down_copy(place.number, piece).wait())

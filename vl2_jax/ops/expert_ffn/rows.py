@@ -56,6 +56,42 @@ def order_by_expert(
     )
 
 
+def cut_experts(
+    expert_ids: Int[Array, "N k"], combine_weights: Float[Array, "N k"], experts: int, parts: int
+) -> tuple[Int[Array, "N k*parts"], Float[Array, "N k*parts"]]:
+    """Routing to parts of experts, those of one expert next to each other (`Tiling.parts`)."""
+    if parts == 1:
+        return expert_ids, combine_weights
+    every = [jnp.where(expert_ids < experts, expert_ids * parts + part, experts * parts) for part in range(parts)]
+    return jnp.concatenate(every, axis=1), jnp.tile(combine_weights, (1, parts))
+
+
+class Part(NamedTuple):
+    """Where a part of an expert's weights stands."""
+
+    expert: Any
+    is_first: Any
+    first_column: Any
+    overlaps: Any  # the part after it, which ends where the expert does
+
+
+def part_of(number, scratch: Scratch) -> Part:
+    """The part with this number among those of all experts."""
+    parts, width = scratch.tiling.parts, scratch.part_width
+    if parts == 1:
+        return Part(number, True, 0, False)
+    part = lax.rem(number, parts)
+    column = pl.multiple_of(jnp.minimum(part * width, scratch.expert_width - width), LANES)
+    return Part(lax.div(number, parts), part == 0, column, part == parts - 2)
+
+
+def cleared_of_overlap(columns, step, part: Part, scratch: Scratch):
+    """A step's columns, or 0 where they are the next part's too."""
+    if not scratch.overlap:
+        return columns
+    return jnp.where(part.overlaps & (step >= scratch.gate_steps - scratch.overlap), 0.0, columns)
+
+
 class Gathered(NamedTuple):
     """Buffers that rows pass on their way into a tile."""
 
