@@ -36,7 +36,6 @@ from vl2_jax.ops.expert_ffn.rows import (
     part_of,
     pieces_of,
     product,
-    product_along,
     walk_tiles,
 )
 from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling, round_up
@@ -169,23 +168,18 @@ def _kernel(
     s, heights = scratch, scratch.tiling.heights
     f32, bf16 = jnp.float32, jnp.bfloat16
 
-    def weight_copies(number):
-        """In the order of their use: down, gate, up."""
+    def weight_copy(number, kind):
+        """Of down, gate or up (0, 1, 2): the order of their use."""
         slot, part = number % 2, part_of(hit[number], s)
         columns = pl.ds(part.first_column, s.part_width)
-        pairs = (
-            (down_hbm.at[part.expert, columns], down),
-            (gate_hbm.at[part.expert, :, columns], gate),
-            (up_hbm.at[part.expert, :, columns], up),
-        )
-        return [
-            pltpu.make_async_copy(source, target.at[slot], weight_arrived.at[slot, i])
-            for i, (source, target) in enumerate(pairs)
+        source = (down_hbm, gate_hbm, up_hbm)[kind].at[
+            (part.expert, columns) if kind == 0 else (part.expert, slice(None), columns)
         ]
+        return pltpu.make_async_copy(source, (down, gate, up)[kind].at[slot], weight_arrived.at[slot, kind])
 
     def fetch_expert(number):
-        for copy in weight_copies(number):
-            copy.start()
+        for kind in range(3):
+            weight_copy(number, kind).start()
 
     rows = Rows(s, pairs, first_token, tokens, k)
     rows.ask(x_hbm, arriving, arrived)
@@ -284,6 +278,18 @@ def _kernel(
     def transposed_dot(left, right):
         return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=f32)
 
+    def product_of_halves(height, depths, partial_product, ride, keep):
+        """Products of no more rows at once than the chip's registers like, one after the other."""
+        halves = 1 if height <= s.tiling.product_rows else 2
+        for half in range(halves):
+            lines = slice(*(height // 16 * (half + i) // halves * 16 for i in range(2)))
+            products = [functools.partial(partial_product, lines, *depth) for depth in depths]
+
+            def ride_half(part, parts, zero, half=half):
+                ride(half * parts + part, halves * parts, zero)
+
+            keep(lines, product(products, ride_half))
+
     def tile(height, place):
         """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
         slot = place.number % 2
@@ -291,14 +297,17 @@ def _kernel(
         def project(columns, combined):
             """dout down^T; beside it the `combined` steps of combining the tile before."""
 
-            def partial_product(k, size):
-                return transposed_dot(dout_tile[0:height, k : k + size], down[slot, columns, k : k + size])
+            def partial_product(lines, k, size):
+                return transposed_dot(dout_tile[lines, k : k + size], down[slot, columns, k : k + size])
 
             def ride(part, parts, zero):
                 for step in combined:
                     combine(place.previous, place.previous_end, step, part, parts, zero)
 
-            projected[0:height, columns] = product_along(s.width, partial_product, ride)
+            def keep(lines, total):
+                projected[lines, columns] = total
+
+            product_of_halves(height, pieces_of(s.width, PRODUCT_DEPTH), partial_product, ride, keep)
 
         def project_step(step, _):
             project(pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS), (2 * step, 2 * step + 1))
@@ -307,36 +316,40 @@ def _kernel(
         def gate_step(step, _):
             columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
 
-            def partial_product(k, size):
+            def partial_product(lines, k, size):
                 both = [kernel[slot, k : k + size, columns] for kernel in (gate, up)]
-                return jnp.dot(
-                    x_tile[0:height, k : k + size], jnp.concatenate(both, axis=1), preferred_element_type=f32
-                )
+                return jnp.dot(x_tile[lines, k : k + size], jnp.concatenate(both, axis=1), preferred_element_type=f32)
 
             def ride(part, parts, zero):
                 # The step before is activated; before the first step that is garbage, and overwritten.
                 activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 gather_dout(place.end, place.following_end, step, part, parts, zero)
 
-            gate_up[0:height, :] = product_along(s.width, partial_product, ride)
+            def keep(lines, total):
+                gate_up[lines, :] = total
+
+            product_of_halves(height, pieces_of(s.width, PRODUCT_DEPTH), partial_product, ride, keep)
             return 0
 
         def dx_step(step, _):
             columns = pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS)
 
-            def partial_product(kernel, begin, k, size):
-                left = dgated[0:height, begin + k : begin + k + size]
+            def partial_product(lines, kernel, begin, k, size):
+                left = dgated[lines, begin + k : begin + k + size]
                 return transposed_dot(left, kernel[slot, columns, k : k + size])
 
             def ride(part, parts, zero):
                 gather_x(place.end, place.following_end, step, part, parts, zero)
 
-            partial_products = [
-                functools.partial(partial_product, kernel, begin, *piece)
+            def keep(lines, total):
+                rows.put_out(total, outputs, step, lines.start)
+
+            depths = [
+                (kernel, begin, *piece)
                 for kernel, begin in ((gate, 0), (up, s.part_width))
                 for piece in pieces_of(s.part_width, PRODUCT_DEPTH)
             ]
-            rows.put_out(product(partial_products, ride), outputs, step)
+            product_of_halves(height, depths, partial_product, ride, keep)
             return 0
 
         lax.fori_loop(0, s.part_width // _COLUMNS, project_step, 0)
@@ -345,8 +358,8 @@ def _kernel(
 
         @pl.when(place.is_first)
         def _():
-            for copy in weight_copies(place.number)[1:]:
-                copy.wait()
+            for kind in (1, 2):
+                weight_copy(place.number, kind).wait()
 
         await_rows(2, place.previous, place.previous_end)
         pl.when(are_new(place))(lambda: await_rows(1, place.row, place.end))
@@ -375,14 +388,14 @@ def _kernel(
         @pl.when(place.is_first)
         def _():
             pl.when(place.number + 1 < experts_hit)(lambda: fetch_expert(place.number + 1))
-            weight_copies(place.number)[0].wait()
+            weight_copy(place.number, 0).wait()
 
     previous, previous_end = walk_tiles(s.tiling, offsets, experts_hit, begin_tile, tile)
     await_rows(2, previous, previous_end)
 
     def await_expert():
-        for copy in weight_copies(0):
-            copy.wait()
+        for kind in range(3):
+            weight_copy(0, kind).wait()
 
     pl.when(experts_hit == 0)(await_expert)  # it was asked for ahead of the count, and nothing waited for it
 

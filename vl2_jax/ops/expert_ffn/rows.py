@@ -188,19 +188,19 @@ class Rows:
                     words = source.words[pl.ds(at + line, count), :]
                     source.stage[to : to + count, :] = words if zero is None else words | zero[:count]
             for c in range(s.words):
-                at = group * 16 * s.word_pitch + c
+                top = group * 16 * s.word_pitch + c
                 even, odd = (
-                    source.stage[pl.ds(at + i * s.word_pitch, 8, stride=2 * s.word_pitch), :] for i in range(2)
+                    source.stage[pl.ds(top + i * s.word_pitch, 8, stride=2 * s.word_pitch), :] for i in range(2)
                 )
                 for half, words in enumerate(exchange_halves(even, odd)):
                     source.tile[pl.ds(base, 16), columns_of(2 * c + half)] = pltpu.bitcast(words, jnp.bfloat16)
 
-    def put_out(self, product, outputs, step):
+    def put_out(self, product, outputs, step, first_row=0):
         """A product's columns as lines of the outputs' rows."""
         s, tiles = self.scratch, product.shape[1] // LANES
         for c in range(tiles):
             for row in range(0, product.shape[0], 8):
-                lines = pl.ds(row * s.line_pitch + step * tiles + c, 8, stride=s.line_pitch)
+                lines = pl.ds((first_row + row) * s.line_pitch + step * tiles + c, 8, stride=s.line_pitch)
                 outputs[lines, :] = product[row : row + 8, columns_of(c)]
 
     def combine(self, outputs, sums, weights, first, end, step, part=0, parts=1, zero=None):
