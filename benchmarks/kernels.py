@@ -46,6 +46,8 @@ from tests.tpu.compiling import (
 )
 from vl2_jax.ops.chips import CHIPS, Chip
 from vl2_jax.ops.expert_ffn.api import expert_ffn
+from vl2_jax.ops.expert_ffn.backward import backward
+from vl2_jax.ops.expert_ffn.backward_rows import BackwardScratch
 from vl2_jax.ops.expert_ffn.tiling import Scratch, choose_tiling
 from vl2_jax.ops.grouped_matmul import pallas_tpu as grouped
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul, grouped_transposed_matmul
@@ -107,7 +109,14 @@ def cases(target: str, size: str, tokens: int):
         yield decode_attention(chip, size, tokens)
     if tokens < 256:
         return  # gradients are of many tokens
-    shape, rows = jax.ShapeDtypeStruct, tokens * TOP_K
+    tiling = choose_tiling(chip, tokens, width, hidden, experts, TOP_K, BackwardScratch)
+    assert tiling is not None
+    calls, rows = -(-tokens // tiling.chunk), tokens * TOP_K
+    moved = weights * (calls + 1) + 2 * rows * 2 * (2 * width + 3 * hidden) + 3 * tokens * width * 2
+    shapes = expert_shapes(size, tokens)
+    facts = (calls + 1, BackwardScratch(tiling, width, hidden).bytes, moved)
+    yield "backward", backward, [*shapes, shapes[0]], facts
+    shape = jax.ShapeDtypeStruct
     sizes, lhs = shape((experts,), jnp.int32), shape((rows, width), jnp.bfloat16)
     plan = grouped.blocks_of_product(rows, experts, width, hidden)
     moved = 2 * (hidden // plan.columns * rows * width + experts * width * hidden + rows * hidden)

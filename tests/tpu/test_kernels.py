@@ -30,6 +30,8 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import AXES, abstract_sharded_params
 
 TOKENS = (1, 64, 512, 4096)
+CACHES = [(1, False, 32, 4096), (1, True, 1, 4096), (4, True, 8, 1024)]  # new rows, with a table, sequences, slots
+KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -45,15 +47,35 @@ def test_routed_experts_compile(target, size, tokens):
 @pytest.mark.parametrize("target", TARGETS)
 def test_their_gradients_compile(target, size, tokens):
     shapes = expert_shapes(size, tokens)
-    compiled = compile_for(target, backward, *shapes, shapes[0])
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 8  # five products, three transposed
+    text = compile_for(target, backward, *shapes, shapes[0]).as_text()
+    assert "expert_ffn_rows_gradients" in text
+    assert "expert_ffn_weights_gradients" in text
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_layers_computed_again_for_gradients_do_not_run_the_experts_again(scan):
+    """Nothing in the backward pass needs the experts' output: what computes it again is dead code."""
+    config = VL2Config.preset("vl2-tiny")
+    config = config.replace(language_config=config.language_config.replace(num_hidden_layers=2))
+    model = VL2Model(config, jax.numpy.bfloat16, jax.numpy.bfloat16, remat=True, scan=scan)
+    leaves, tree = jax.tree.flatten(abstract_params(config))
+
+    def gradients(ids, *leaves):
+        def loss(leaves):
+            return jax.numpy.sin(apply(model, jax.tree.unflatten(tree, leaves), ids).logits).sum()
+
+        return jax.value_and_grad(loss)(leaves)
+
+    text = compile_for("v5e", gradients, jax.ShapeDtypeStruct((1, 256), jax.numpy.int32), *leaves).as_text()
+    kernels = [re.findall(r"([a-z_]+)/pallas_call", line)[-1] for line in text.splitlines() if KERNEL in line]
+    assert sorted(kernels) == ["expert_ffn", "expert_ffn_rows_gradients", "expert_ffn_weights_gradients"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_vision_attention_compiles(target):
     qkv = jax.ShapeDtypeStruct((2, 729, 3 * 1152), jax.numpy.bfloat16)
     compiled = compile_for(target, partial(vision_attention, heads=16), qkv)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    assert compiled.as_text().count(KERNEL) == 1
 
 
 def test_the_tower_on_a_mesh_attends_where_its_tiles_are():
@@ -74,15 +96,14 @@ def test_the_tower_on_a_mesh_attends_where_its_tiles_are():
 def assert_pages_stay(compiled, pages):
     """The kernel is there, and the pages are updated where they are: nothing of their shape is copied."""
     text = compiled.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 1
+    assert text.count(KERNEL) == 1
     for array in pages:
         shape = f"bf16[{','.join(map(str, array.shape))}]"
         assert not [line for line in text.splitlines() if f"= {shape}" in line and " copy(" in line]
     assert compiled.memory_analysis().alias_size_in_bytes == sum(2 * array.size for array in pages)
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 4096), (64, 1024), (32, 4096)])
-@pytest.mark.parametrize(("length", "paged"), [(1, False), (1, True), (4, True)])
+@pytest.mark.parametrize(("length", "paged", "batch", "context"), CACHES)
 @pytest.mark.parametrize("size", LATENT_HEADS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_latent_attention_compiles(target, size, length, paged, batch, context):
@@ -91,8 +112,7 @@ def test_latent_attention_compiles(target, size, length, paged, batch, context):
     assert_pages_stay(compiled, shapes[4])
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 4096), (32, 1024), (8, 4096)])
-@pytest.mark.parametrize(("length", "paged"), [(1, False), (1, True), (4, True)])
+@pytest.mark.parametrize(("length", "paged", "batch", "context"), CACHES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_multi_head_attention_compiles(target, length, paged, batch, context):
     shapes = multi_head_shapes(batch, context, length, paged)
@@ -112,4 +132,4 @@ def test_a_whole_layer_of_small_uses_the_kernel_and_a_float32_one_does_not():
             return apply(model, jax.tree.unflatten(tree, leaves), ids).logits
 
         compiled = compile_for("v5e", logits, jax.ShapeDtypeStruct((1, 256), jax.numpy.int32), *leaves)
-        assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == calls
+        assert compiled.as_text().count(KERNEL) == calls

@@ -75,7 +75,8 @@ def _forward(x, gate, up, down, expert_ids, combine_weights, implementation, spr
 
 def _backward(implementation, spread_over, arguments, dout):
     plain = partial(xla.backward, spread_over=spread_over)
-    gradients = _choose(implementation, _kernel_backward, plain)(*arguments, dout)
+    kernel = partial(_kernel_backward, spread_over=spread_over)
+    gradients = _choose(implementation, kernel, plain)(*arguments, dout)
     return (*gradients[:4], None, gradients[4])
 
 
@@ -96,10 +97,10 @@ def _kernel(*arguments, spread_over):
     return pallas_tpu.expert_ffn(*arguments, spread_over=spread_over)
 
 
-def _kernel_backward(*arguments):
+def _kernel_backward(*arguments, spread_over):
     from vl2_jax.ops.expert_ffn import backward
 
-    return backward.backward(*arguments)
+    return backward.backward(*arguments, spread_over=spread_over)
 
 
 def _choose(implementation, kernel, plain):

@@ -25,6 +25,8 @@ class Tiling:
       move: rows of x or of the output that one copy moves.
       vmem: bytes of vector memory the kernel may use.
       floor, fixed: a tile of `m` rows costs as much time as `max(m, floor) + fixed` rows do.
+      parts: an expert is cut along F into so many, which are experts of their own: down is linear, so their outputs
+        add up to its. They are smaller, so that more tokens fit beside two of them.
     """
 
     heights: tuple[int, ...]
@@ -33,6 +35,8 @@ class Tiling:
     vmem: int
     floor: int
     fixed: int
+    parts: int = 1
+    product_rows: int = 512
 
     @functools.cached_property
     def plan(self) -> list[tuple[int, int]]:
@@ -51,20 +55,40 @@ class Tiling:
         return [(16 * n, first[n]) for n in last_of_run]
 
 
-def choose_tiling(chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int) -> Tiling | None:
+def choose_tiling(
+    chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int, scratch: type[Scratch] | None = None
+) -> Tiling | None:
     """The tiling for a chip and a shape, or None where the weights of two experts do not fit in vector memory.
 
-    As many tokens a call as fit beside the weights of two experts. The tallest tile:
+    `scratch` is what the kernel keeps there, by default the forward kernel's.
+
+    As many tokens a call as fit beside the weights of two experts, or of two parts of experts, if weights are read
+    less often then. The tallest tile:
       128 x 128 MXU (v5e, v5p): a tile costs little by itself, so a little above an expert's mean share; the rest gets
         low tiles (v5e, 4096 tokens, Small: tallest 256 takes 2689 us, 384 takes 2432).
       256 x 256 MXU (v6e, tpu7x): a tile costs some 110 rows by itself, so one tile for nearly every expert, two and a
         half deviations above the mean (v6e, the same: 384 takes 845 us, 448 takes 759).
     """
+    of_parts = functools.partial(
+        _fewest_calls, chip, round_up(tokens, 16), width, expert_width, k / experts, scratch=scratch or Scratch
+    )
+    # Parts that overlap compute more; where the weights are read several times it is made up for.
+    tiles = expert_width // LANES
+    fitting = [of_parts(parts=n) for n in (1, 2, 3) if tiles % n == 0 or chip.vmem <= 64 * _MIB]
+
+    def columns_read(tiling: Tiling) -> int:
+        return -(-tokens // tiling.chunk) * tiling.parts * Scratch(tiling, width, expert_width).part_width
+
+    return None if fitting[0] is None else min(filter(None, fitting), key=columns_read)
+
+
+def _fewest_calls(
+    chip: Chip, rows: int, width: int, expert_width: int, share_of_rows: float, *, parts: int, scratch: type[Scratch]
+) -> Tiling | None:
     wide = chip.mxu == 256
-    rows = round_up(tokens, 16)
     for calls in range(1, rows // 16 + 1):
         chunk = round_up(-(-rows // calls), 16)
-        share = chunk * k / experts
+        share = chunk * share_of_rows
         if share <= 64:
             heights: tuple[int, ...] = (64, 32, 16)
         else:
@@ -72,8 +96,8 @@ def choose_tiling(chip: Chip, tokens: int, width: int, expert_width: int, expert
             tall = round_up(int(tallest), 32)
             heights = (tall, *(h for h in ((384, 256, 128, 32) if wide else (256, 128, 64, 32)) if h < tall - 16))
         floor, fixed = (128, 110) if wide else (40, 8)
-        tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed)
-        if tiling.vmem > 0 and Scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
+        tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts, 256 if wide else 512)
+        if tiling.vmem > 0 and scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
             return tiling
     return None
 
@@ -89,6 +113,16 @@ class Scratch:
     tiling: Tiling
     width: int
     expert_width: int
+
+    @property
+    def part_width(self) -> int:
+        """Columns of a part of an expert. The last part ends where the expert does, and may overlap the one before."""
+        return LANES * -(-(self.expert_width // LANES) // self.tiling.parts)
+
+    @property
+    def overlap(self) -> int:
+        """Tiles of columns that the last two parts share."""
+        return (self.part_width * self.tiling.parts - self.expert_width) // LANES
 
     @property
     def words(self) -> int:
@@ -119,7 +153,7 @@ class Scratch:
 
     @property
     def gate_steps(self) -> int:
-        return self.expert_width // LANES
+        return self.part_width // LANES
 
     @property
     def gathered_a_step(self) -> int:
@@ -143,15 +177,15 @@ class Scratch:
         """
         tall, move = self.tiling.heights[0], min(self.tiling.move, tokens)
         return [
-            ((2, self.width, self.expert_width), "bfloat16"),  # gate of two experts
-            ((2, self.width, self.expert_width), "bfloat16"),  # up
-            ((2, self.expert_width, self.width), "bfloat16"),  # down
+            ((2, self.width, self.part_width), "bfloat16"),  # gate of two experts
+            ((2, self.width, self.part_width), "bfloat16"),  # up
+            ((2, self.part_width, self.width), "bfloat16"),  # down
             ((round_up((tokens + 1) * self.words, 8), LANES), "int32"),  # x
             ((round_up((tokens + 1) * self.lines, 64), LANES), "float32"),  # sums
             ((self.gathered_a_step * self.down_steps, self.width), "bfloat16"),  # rows of a tile
             ((self.gathered_a_step * self.word_pitch, LANES), "int32"),  # rows on their way there
             ((tall, 2 * LANES), "float32"),  # gate and up products of one step
-            ((tall, self.expert_width), "bfloat16"),  # their activation
+            ((tall, self.part_width), "bfloat16"),  # their activation
             ((round_up(self.combined_a_step * self.gate_steps * self.line_pitch, 8), LANES), "float32"),  # outputs
             ((IN_FLIGHT, move, self.width), "bfloat16"),  # x, arriving
             ((IN_FLIGHT, move, self.width), "bfloat16"),  # sums, leaving
