@@ -82,14 +82,14 @@ print("right before:", share_right(before))
 # see each other.
 
 # %%
-data = {"sources": [{"path": str(learned)}], "sequence_length": 256, "rows": 4, "tiles": 32, "workers": 0}
+data = {"sources": [{"path": str(learned)}], "sequence_length": 256, "rows": 4, "tiles": 16, "workers": 0}
 common = {"model": {"path": "vl2-nano"}, "data": data}
 adapters = build_recipe(
     common
     | {
         "lora": {"rank": 8, "targets": ["language/layers_*/*_proj*", "projector/*"]},
         "optimizer": {"learning_rate": 4e-3, "warmup": 5, "schedule": "cosine"},
-        "loop": {"steps": 40, "log_every": 5, "checkpoint_every": 0},
+        "loop": {"steps": 24, "log_every": 3, "checkpoint_every": 0},
     }
 )
 run = train(adapters, folder / "adapters", print)
@@ -127,7 +127,7 @@ everything = build_recipe(
     common
     | {
         "optimizer": {"learning_rate": 5e-4, "warmup": 5, "schedule": "cosine"},
-        "loop": {"steps": 24, "log_every": 4, "checkpoint_every": 0},
+        "loop": {"steps": 18, "log_every": 3, "checkpoint_every": 0},
     }
 )
 train(everything, folder / "everything", print)

@@ -6,9 +6,11 @@ XLA_FLAGS replace these: `XLA_FLAGS=--xla_force_host_platform_device_count=8 mak
 """
 
 import ctypes
+import functools
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -17,7 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = [
@@ -41,6 +45,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 CONFIGS = ("nano-tiny", "nano-small", "nano-base", "nano-base-groups", "nano-v2")
 CASES = [(config, path.stem) for config in CONFIGS for path in sorted((GOLDENS / config / "cases").glob("*.json"))]
 _MOST_MEMORY = 3e9  # a worker should take no more, so that two fit into a small machine
+_MUCH_MEMORY = 1.5e9  # beyond, programs are given back between tests of a module too
 
 
 def load_case(config: str, case: str) -> tuple[dict, dict[str, np.ndarray]]:
@@ -63,10 +68,38 @@ def goldens() -> Path:
     return GOLDENS
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _programs_are_given_back():
-    """A compiled program holds some megabytes, and no other module's tests call it."""
-    yield
+@pytest.fixture(scope="session")
+def first_layers(tmp_path_factory):
+    """`first_layers(family)` is the folder of a recorded model with its first layers and blocks alone.
+
+    Two layers are one dense and one of experts. What compiles costs what there are of them, and not more of a kind.
+    """
+
+    @functools.cache
+    def cut(family: str, layers: int = 2, blocks: int = 1) -> Path:
+        source, folder = GOLDENS / family, tmp_path_factory.mktemp("models") / family
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("cases", "*.safetensors*"))
+        config = json.loads((source / "config.json").read_text())
+        config["language_config"]["num_hidden_layers"], config["vision_config"]["layers"] = layers, blocks
+        (folder / "config.json").write_text(json.dumps(config))
+
+        def is_kept(name: str) -> bool:
+            numbered = re.search(r"(language\.model\.layers|vision\.blocks)\.(\d+)\.", name)
+            return not numbered or int(numbered[2]) < (layers if numbered[1].startswith("language") else blocks)
+
+        tensors = {name: t for file in source.glob("*.safetensors") for name, t in load_file(file).items()}
+        save_file({name: t for name, t in tensors.items() if is_kept(name)}, folder / "model.safetensors")
+        return folder
+
+    return cut
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """A compiled program holds megabytes, an interpreted kernel hundreds, and no other module's tests call it."""
+    is_last = nextitem is None or nextitem.path != item.path
+    if not is_last and psutil.Process().memory_info().rss < _MUCH_MEMORY:
+        return
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
     gc.collect()

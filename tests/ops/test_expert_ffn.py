@@ -59,8 +59,9 @@ def test_gradients_equal_those_of_the_reference(tokens, experts, k):
         assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
-# Low tiles and short chunks, so that few rows meet every path: full and partial tiles, several calls.
-SMALL_TILING = Tiling(heights=(64, 32, 16), chunk=48, move=48, vmem=100 << 20, floor=40, fixed=8)
+# Low tiles and short chunks, so that few rows meet every path: full and partial tiles of both heights, several calls.
+# What the interpreter compiles grows with the heights.
+SMALL_TILING = Tiling(heights=(32, 16), chunk=48, move=48, vmem=100 << 20, floor=16, fixed=8)
 
 
 def rounded(problem):
@@ -95,7 +96,9 @@ def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, r
     assert np.abs(np.asarray(ours, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("TPU v5 lite", 150), ("TPU v6 lite", 250)])
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("TPU v5 lite", 150), pytest.param("TPU v6 lite", 250, marks=pytest.mark.slow)]
+)
 def test_tall_tiles_equal_the_reference(name, tokens):
     """The table's own tiling of many rows an expert: tall tiles first, low ones for what is left."""
     arguments = rounded(problem(7, tokens, 2, 1, 256, 128))

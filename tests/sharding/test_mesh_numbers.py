@@ -1,6 +1,7 @@
 """The same numbers on 8 devices as on one: logits, tokens, losses and gradients, of all three families."""
 
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ PAIRS = [
 
 
 @cache
-def loaded(family: str, mesh: str | None = None) -> VL2:
-    return load(GOLDENS / family, dtype="float32", mesh=mesh)
+def loaded(folder: Path, mesh: str | None = None) -> VL2:
+    return load(folder, dtype="float32", mesh=mesh)
 
 
 def eight() -> list[list[dict]]:
@@ -43,21 +44,21 @@ def eight() -> list[list[dict]]:
 
 
 @pytest.mark.parametrize(("family", "mesh", "batch"), [(*PAIRS[0], 1), (*PAIRS[1], 8), (*PAIRS[2], 8)])
-def test_greedy_tokens_are_those_of_one_device(family, mesh, batch):
+def test_greedy_tokens_are_those_of_one_device(family, mesh, batch, first_layers):
     asked = [talk[:1] for talk in eight()[:batch]]
+    models = [loaded(first_layers(family), place) for place in (mesh, None)]
     ours, theirs = (
-        [answer.token_ids for answer in loaded(family, place).generate(asked, max_tokens=8, ignore_eos=True)]
-        for place in (mesh, None)
+        [answer.token_ids for answer in vl2.generate(asked, max_tokens=8, ignore_eos=True)] for vl2 in models
     )
     assert ours == theirs
 
 
 @cache
-def told(family: str, mesh: str | None, dispatch: str = "ring"):
-    """Logits, losses and gradients of eight conversations, as NumPy arrays."""
-    vl2 = loaded(family, mesh)
+def told(folder: Path, mesh: str | None, dispatch: str = "ring"):
+    """Logits, losses and gradients of eight conversations, as NumPy arrays; alike layers are a loop, as in training."""
+    vl2 = loaded(folder, mesh)
     layout = ONE_DEVICE if mesh is None else MeshLayout(vl2.model.layout.mesh, dispatch)
-    model = VL2Model(vl2.config, jnp.float32, jnp.float32, layout=layout)
+    model = VL2Model(vl2.config, jnp.float32, jnp.float32, layout=layout, scan=True)
     batch = vl2.processor(eight())
 
     def loss(params):
@@ -79,9 +80,10 @@ def told(family: str, mesh: str | None, dispatch: str = "ring"):
     ("family", "mesh", "dispatch"),
     [*((*pair, "ring") for pair in PAIRS), *((*pair, "ragged") for pair in PAIRS[1:3])],
 )
-def test_logits_losses_and_gradients_are_those_of_one_device(family, mesh, dispatch):
-    logits, found, gradients = told(family, mesh, dispatch)
-    logits_one, found_one, gradients_one = told(family, None)
+def test_logits_losses_and_gradients_are_those_of_one_device(family, mesh, dispatch, first_layers):
+    folder = first_layers(family, layers=3, blocks=2)
+    logits, found, gradients = told(folder, mesh, dispatch)
+    logits_one, found_one, gradients_one = told(folder, None)
     assert np.abs(logits - logits_one).max() <= 1e-5 * np.abs(logits_one).max()
     np.testing.assert_allclose(found.total, found_one.total, rtol=1e-6)
     np.testing.assert_array_equal(found.load, found_one.load)
@@ -99,7 +101,7 @@ def test_logits_losses_and_gradients_are_those_of_one_device(family, mesh, dispa
 def test_no_token_is_dropped_whatever_the_routing(dispatch, mesh, routing, monkeypatch):
     """Rounds are made short, so that memory is bounded by them and not by the routing."""
     monkeypatch.setattr("vl2_jax.sharding.layout._MOST_TOKENS", 64)
-    config = loaded("nano-small").config
+    config = loaded(GOLDENS / "nano-small").config
     layout = MeshLayout(make_mesh(mesh, config), dispatch)
     keys = jax.random.split(jax.random.key(0), 5)
     shapes = [(8, 32, 16), (8, 16, 12), (8, 16, 12), (8, 12, 16)]
@@ -114,7 +116,7 @@ def test_no_token_is_dropped_whatever_the_routing(dispatch, mesh, routing, monke
 
 
 def test_tiles_of_one_picture_are_spread_over_all_devices():
-    vl2 = loaded("nano-small", "expert=4,tensor=2")
+    vl2 = loaded(GOLDENS / "nano-small", "expert=4,tensor=2")
     tiles = np.zeros((5, *(2 * (vl2.processor.config.tile_size,)), 3), np.uint8)
     layout = vl2.model.layout
     with layout.on_devices():

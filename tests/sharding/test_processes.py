@@ -29,7 +29,8 @@ def start_both(command: list[str], *changes: list[str]) -> list[subprocess.Popen
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"  # the last of a name counts
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "vl2_jax.cli", *command, "--coordinator", coordinator, "--processes", "2"]
     return [
         subprocess.Popen(

@@ -2,11 +2,8 @@
 
 import functools
 import json
-import re
-import shutil
 
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDENS
 from vl2_jax.training import loop
@@ -30,18 +27,8 @@ def _an_update_is_traced_once():
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory):
-    """nano-base with its first two layers, one dense and one of experts, and one block of its vision tower."""
-    source, folder = GOLDENS / "nano-base", tmp_path_factory.mktemp("models") / "small"
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("cases", "*.safetensors"))
-    config = json.loads((source / "config.json").read_text())
-    config["language_config"]["num_hidden_layers"], config["vision_config"]["layers"] = 2, 1
-    (folder / "config.json").write_text(json.dumps(config))
-    left_out = re.compile(r"language\.model\.layers\.[23]\.|vision\.blocks\.[12]\.")
-    tensors = load_file(source / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not left_out.match(name)}
-    save_file(kept, folder / "model.safetensors")
-    return folder
+def small_model(first_layers):
+    return first_layers("nano-base")
 
 
 @pytest.fixture(scope="session")

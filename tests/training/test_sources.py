@@ -189,14 +189,15 @@ def test_a_missing_pyarrow_is_named_with_the_line_that_adds_it(write, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["lines.jsonl", "rows.parquet"])
-def test_pictures_can_be_in_another_folder(name, write, tmp_path):
+def test_pictures_can_be_in_another_folder(name, write, tmp_path, monkeypatch):
     (tmp_path / "coco").mkdir()
     source = open_source(write(name, FILES[name]), tmp_path / "coco")
     assert source[0]["folder"] == tmp_path / "coco"
     (user, _) = to_conversation({"image": "a.png", "question": "?", "answer": "!"}, source[0]["folder"])
     assert user["images"] == [str(tmp_path / "coco" / "a.png")]
-    with pytest.raises(ConfigError, match=r"there is no folder .*none.* for the pictures"):
-        open_source(tmp_path / name, tmp_path / "none")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="there is no folder 'none' for the pictures"):
+        open_source(tmp_path / name, "none")
 
 
 def test_a_recipe_names_the_folder_of_pictures_and_that_only_last_answers_are_learned(write, tmp_path, recipe):
