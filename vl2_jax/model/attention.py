@@ -19,10 +19,10 @@ from jaxtyping import Array, Bool, Float, Int
 from vl2_jax.config import LanguageConfig
 from vl2_jax.model.layers import ONE_DEVICE, Dtype, Layout, Linear, RMSNorm, adapter_of, attend, declare, softmax
 from vl2_jax.model.rope import rotate, softmax_scale
+from vl2_jax.ops.flash_attention.api import flash_attention
+from vl2_jax.ops.flash_attention.xla import block_size
 
 _MOST_ROWS_A_BLOCK = 512
-_PACKED_BLOCK = 128
-BRANCH = 1 << 16  # above the number of a document in its segment: which of its branches
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = tuple[Array, ...]
@@ -34,7 +34,7 @@ class Placement(NamedTuple):
     positions: Int[Array, "B T"]
     mask: Bool[Array, "B T S"]
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
-    documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `attend_packed`
+    documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `ops.flash_attention`
 
 
 class LatentAttention(nn.Module):
@@ -119,7 +119,7 @@ class LatentAttention(nn.Module):
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
                 if cache is None:
                     keys, values = (rearrange(part, "b h s k -> b s h k") for part in expand(rows))
-                    out = attend_to_all(queries, keys, values, mask, documents, scale)
+                    out = attend_to_all(queries, keys, values, mask, documents, scale, self.layout)
                 else:
                     out = attend_to_filled(
                         queries,
@@ -167,7 +167,7 @@ class MultiHeadAttention(nn.Module):
             cache = tuple(write_cache(old, rows, positions, 2, self.layout) for old, rows in zip(cache, new))
         scale = softmax_scale(config)
         if cache is None:
-            out = attend_to_all(queries, keys, values, mask, documents, scale)
+            out = attend_to_all(queries, keys, values, mask, documents, scale, self.layout)
         else:
 
             def block(begin: Array, size: int) -> tuple[Array, ...]:
@@ -185,56 +185,12 @@ def attend_to_all(
     mask: Bool[Array, "B T T"],
     documents: Int[Array, "B T"] | None,
     scale: float,
+    layout: Layout,
 ) -> Float[Array, "B T H V"]:
     """Attention without a cache: as released where `documents` is None, else to the document's own past."""
     if documents is None:
         return attend(queries, keys, values, mask, scale)
-    arguments = (queries, keys, values, documents)
-    return jax.lax.platform_dependent(
-        *arguments,
-        tpu=lambda q, k, v, _: attend(q, k, v, mask, scale),
-        default=partial(attend_packed, scale=scale),
-    )
-
-
-def attend_packed(
-    queries: Float[Array, "B T H K"],
-    keys: Float[Array, "B T H K"],
-    values: Float[Array, "B T H V"],
-    documents: Int[Array, "B T"],
-    scale: float,
-) -> Float[Array, "B T H V"]:
-    """Causal attention inside of each document, a row of the batch and a block of queries at a time.
-
-    What is never looked at is not computed, what is computed stays in a CPU's cache, and the backward pass computes it
-    again (24 rows of 384, 6 heads, with gradients, on 2 cores: 131 ms, against 349 ms for all scores at once).
-    """
-    length = queries.shape[1]
-    size = _block_size(length, max(_PACKED_BLOCK, length // 8))
-
-    @jax.checkpoint
-    def of_row(row: tuple[Array, ...]) -> Float[Array, "H T V"]:
-        queries, keys, values, documents = row
-        parts = []
-        for end in range(size, length + 1, size):
-            block = slice(end - size, end)
-            scores = jnp.einsum("htk,hsk->hts", queries[:, block], keys[:, :end], preferred_element_type=jnp.float32)
-            causal = jnp.arange(end - size, end)[:, None] >= jnp.arange(end)
-            seen = causal & sees(documents[block, None], documents[:end])
-            weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(scores.dtype).min), axis=-1)
-            parts.append(jnp.einsum("hts,hsv->htv", weights.astype(values.dtype), values[:, :end]))
-        return jnp.concatenate(parts, axis=1)
-
-    by_head = (rearrange(rows, "b t h k -> b h t k") for rows in (queries, keys, values))
-    return rearrange(jax.lax.map(of_row, (*by_head, documents)), "b h t v -> b t h v")
-
-
-def sees(queries: Int[Array, ...], keys: Int[Array, ...]) -> Bool[Array, ...]:
-    """Whether a position of one segment may look at one of another: of its own branch of a document, or of branch 0.
-
-    A segment is the number of a document + `BRANCH` * the number of a branch, 0 for what all its branches share.
-    """
-    return (queries == keys) | (queries % BRANCH == keys)
+    return layout.on_own_heads(partial(flash_attention, scale=scale), (queries, keys, values), documents)
 
 
 def attend_to_filled(
@@ -256,7 +212,7 @@ def attend_to_filled(
       positions: of the queries, growing along T; each sees the slots up to its own.
     """
     batch, length, heads, _ = queries.shape
-    size, taken = _block_size(slots), _block_size(length)
+    size, taken = (block_size(rows, _MOST_ROWS_A_BLOCK) for rows in (slots, length))
     by_head = rearrange(queries, "b t h k -> b h t k")
 
     def slot_step(number: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -290,12 +246,6 @@ def attend_to_filled(
     start = (*sums, jnp.zeros((batch, heads, length, values.shape[-1])))
     _, total, mixed = jax.lax.fori_loop(0, positions.max() // size + 1, slot_step, start)
     return rearrange(mixed / total[..., None], "b h t v -> b t h v").astype(queries.dtype)
-
-
-def _block_size(rows: int, most: int = _MOST_ROWS_A_BLOCK) -> int:
-    """Equal blocks, as few as can be of at most `most` rows; all rows if they do not divide."""
-    sizes = (rows // count for count in range(1, rows // 16 + 1) if rows % (16 * count) == 0)
-    return next((size for size in sizes if size <= most), rows)
 
 
 def write_cache(

@@ -36,6 +36,15 @@ class Layout:
         """`function(cache, rows, positions)` of the sequences (and heads, if there are) that each device has."""
         return function(cache, rows, positions)
 
+    def on_own_heads(
+        self,
+        function: Callable[..., Array],
+        rows: Sequence[Float[Array, "B T H _"]],
+        numbers: Int[Array, "B T"],
+    ) -> Float[Array, "B T H _"]:
+        """`function(*rows, numbers)` of the sequences and heads that each device has."""
+        return function(*rows, numbers)
+
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         """The sum of `function(shared, *rows)` over the sequences that each device has; `shared` travels once."""
         return function(shared, *rows)

@@ -11,7 +11,7 @@ n tokens of one device, N of all devices along `expert`, D model width, E expert
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +53,17 @@ class MeshLayout(Layout):
         return jax.shard_map(function, mesh=self.mesh, in_specs=(own, own, numbers), out_specs=own, check_vma=False)(
             cache, rows, positions
         )
+
+    def on_own_heads(
+        self,
+        function: Callable[..., Array],
+        rows: Sequence[Float[Array, "B T H _"]],
+        numbers: Int[Array, "B T"],
+    ) -> Float[Array, "B T H _"]:
+        own = spec_of(self.mesh, rows[0].shape, ("batch", None, "heads", None))
+        of_numbers = spec_of(self.mesh, numbers.shape, ("batch", None))
+        specs = (*[own] * len(rows), of_numbers)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=own, check_vma=False)(*rows, numbers)
 
     def sum_over_sequences(self, function: Callable[..., Array], shared: Any, *rows: Array) -> Array:
         axes = _axes_of(spec_of(self.mesh, rows[0].shape, ("batch", *[None] * (rows[0].ndim - 1))), 0)
