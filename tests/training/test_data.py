@@ -18,10 +18,11 @@ import vl2_jax
 from tests.conftest import GOLDENS
 from tests.training.conftest import PICTURES
 from vl2_jax.errors import ConfigError, ConversationError
-from vl2_jax.model.attention import BRANCH, attend_packed
 from vl2_jax.model.decoder import _causal_mask
 from vl2_jax.model.layers import attend
 from vl2_jax.model.vl2 import apply
+from vl2_jax.ops.flash_attention.segments import BRANCH
+from vl2_jax.ops.flash_attention.xla import flash_attention
 from vl2_jax.processing.batch import IGNORED, TEXT
 from vl2_jax.training.data import SampleError, batches
 from vl2_jax.training.formats import questions_apart, to_conversation
@@ -103,7 +104,7 @@ def test_packed_rows_attend_as_the_mask_says():
     queries, keys, values = jax.random.normal(jax.random.key(0), (3, 2, 32, 2, 8))
     mask = _causal_mask(segments, segments)
     assert mask[0, 14].tolist() == [False] * 5 + [True] * 10 + [False] * 17
-    ours = attend_packed(queries, keys, values, segments, 0.3)
+    ours = flash_attention(queries, keys, values, segments, 0.3)
     np.testing.assert_allclose(ours[:, :20], attend(queries, keys, values, mask, 0.3)[:, :20], atol=1e-5)
 
 

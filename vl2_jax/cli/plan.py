@@ -33,7 +33,7 @@ def plan(
     Args:
         model: The name of a size (vl2-tiny, vl2-small, vl2-base), a model's directory or a hub id.
         topology: A slice such as v5e:2x4; with --search kinds such as v5e or v5e,v6e, by default all.
-        purpose: One decode step, one prefill chunk of 512 positions, or one training step.
+        purpose: One decode step, one prefill chunk (several prompts, up to 4096 positions each), or a training step.
         batch: Sequences, over all devices.
         context: Positions of each: cache slots, or the packed row of a training step.
         mesh: auto, one axis, or sizes such as expert=4,tensor=2.

@@ -31,14 +31,13 @@ from vl2_jax.model.layers import (
     softmax,
 )
 from vl2_jax.model.rope import rotate, softmax_scale
-from vl2_jax.ops.latent_attention.absorbed import absorbed_attention, to_latents, to_values
-from vl2_jax.ops.latent_attention.expanded import expand, expanded_attention
+from vl2_jax.ops.flash_attention.api import flash_attention
+from vl2_jax.ops.latent_attention.absorbed import to_latents, to_values
+from vl2_jax.ops.latent_attention.expanded import expand
+from vl2_jax.ops.latent_attention.forms import attend_to_latents
 from vl2_jax.ops.multi_head_attention.api import multi_head_attention
 from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
 
-_MOST_ROWS_A_BLOCK = 512
-_PACKED_BLOCK = 128
-BRANCH = 1 << 16  # above the number of a document in its segment: which of its branches
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
 LayerCache = LatentPages | HeadPages  # with an axis of sequences before that of pages
@@ -53,7 +52,7 @@ class Placement(NamedTuple):
     positions: Int[Array, "B T"]
     mask: Bool[Array, "B T T"] | None  # None with a cache: a query sees all up to its own position
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
-    documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `attend_packed`
+    documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `ops.flash_attention`
     exists: Bool[Array, "B T"] | None = None  # nobody uses the results of others, and no expert computes them
 
 
@@ -104,14 +103,12 @@ class LatentAttention(nn.Module):
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
         kv_b, factors = kv_b.astype(self.dtype), adapter_of(self, "kv_b_proj", self.dtype) or ()
         scale = softmax_scale(config)
-        if absorbed is None:
-            absorbed = cache is not None and x.shape[1] < _absorbed_below(config)
-        with jax.named_scope("absorbed_attention" if absorbed else "expanded_attention"):
+        with jax.named_scope("latent_attention"):
             if cache is not None:
-                form = absorbed_attention if absorbed else expanded_attention
+                attention = partial(attend_to_latents, absorbed=absorbed, scale=scale)
                 arrays = [(q_nope, _BY_HEAD), (q_rope, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS)]
                 arrays += zip((kv_b, *factors), ((None, "heads"), (None, None), (None, "heads")))
-                out, cache = over_pages(self.layout, partial(form, scale=scale), arrays, cache, placement)
+                out, cache = over_pages(self.layout, attention, arrays, cache, placement)
             elif absorbed:
                 q_rows = jnp.concatenate([to_latents(q_nope, kv_b, *factors), q_rope], axis=-1)
                 rows = jnp.concatenate([latent, k_rope], axis=-1)
@@ -122,7 +119,7 @@ class LatentAttention(nn.Module):
                 queries = jnp.concatenate([q_nope, q_rope], axis=-1)
                 parts = expand(latent, k_rope, kv_b, heads, nope, *factors)
                 keys, values = (rearrange(part, "b h s k -> b s h k") for part in parts)
-                out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale)
+                out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale, self.layout)
         out = rearrange(out, "b t h v -> b t (h v)")
         return linear(config.hidden_size, ("heads", "embed"), "o_proj")(out), cache
 
@@ -158,7 +155,7 @@ class MultiHeadAttention(nn.Module):
         queries, keys = (rotate(rows, *placement.tables, interleaved=False) for rows in (queries, keys))
         scale = softmax_scale(config)
         if cache is None:
-            out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale)
+            out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale, self.layout)
         else:
             attention = partial(multi_head_attention, scale=scale)
             arrays = [(rows, _BY_HEAD) for rows in (queries, keys, values)]
@@ -174,56 +171,18 @@ def attend_to_all(
     mask: Bool[Array, "B T T"] | None,
     documents: Int[Array, "B T"] | None,
     scale: float,
+    layout: Layout,
 ) -> Float[Array, "B T H V"]:
     """Attention without a cache: as released where `documents` is None, else to the document's own past."""
     if documents is None:
         return attend(queries, keys, values, mask, scale)
-    arguments = (queries, keys, values, documents)
-    return jax.lax.platform_dependent(
-        *arguments,
-        tpu=lambda q, k, v, _: attend(q, k, v, mask, scale),
-        default=partial(attend_packed, scale=scale),
-    )
 
+    def of_own(queries: Array, keys: Array, values: Array, documents: Array) -> tuple[Array]:
+        return (flash_attention(queries, keys, values, documents, scale),)
 
-def attend_packed(
-    queries: Float[Array, "B T H K"],
-    keys: Float[Array, "B T H K"],
-    values: Float[Array, "B T H V"],
-    documents: Int[Array, "B T"],
-    scale: float,
-) -> Float[Array, "B T H V"]:
-    """Causal attention inside of each document, a row of the batch and a block of queries at a time.
-
-    What is never looked at is not computed, what is computed stays in a CPU's cache, and the backward pass computes it
-    again (24 rows of 384, 6 heads, with gradients, on 2 cores: 131 ms, against 349 ms for all scores at once).
-    """
-    length = queries.shape[1]
-    size = _block_size(length, max(_PACKED_BLOCK, length // 8))
-
-    @jax.checkpoint
-    def of_row(row: tuple[Array, ...]) -> Float[Array, "H T V"]:
-        queries, keys, values, documents = row
-        parts = []
-        for end in range(size, length + 1, size):
-            block = slice(end - size, end)
-            scores = jnp.einsum("htk,hsk->hts", queries[:, block], keys[:, :end], preferred_element_type=jnp.float32)
-            causal = jnp.arange(end - size, end)[:, None] >= jnp.arange(end)
-            seen = causal & sees(documents[block, None], documents[:end])
-            weights = jax.nn.softmax(jnp.where(seen, scores * scale, jnp.finfo(scores.dtype).min), axis=-1)
-            parts.append(jnp.einsum("hts,hsv->htv", weights.astype(values.dtype), values[:, :end]))
-        return jnp.concatenate(parts, axis=1)
-
-    by_head = (rearrange(rows, "b t h k -> b h t k") for rows in (queries, keys, values))
-    return rearrange(jax.lax.map(of_row, (*by_head, documents)), "b h t v -> b t h v")
-
-
-def sees(queries: Int[Array, ...], keys: Int[Array, ...]) -> Bool[Array, ...]:
-    """Whether a position of one segment may look at one of another: of its own branch of a document, or of branch 0.
-
-    A segment is the number of a document + `BRANCH` * the number of a branch, 0 for what all its branches share.
-    """
-    return (queries == keys) | (queries % BRANCH == keys)
+    axes = [*[_BY_HEAD] * 3, ("batch", None)]
+    (out,) = layout.on_own_parts(of_own, axes, [_BY_HEAD], queries, keys, values, documents)
+    return out
 
 
 def _as_it_lies(product: Array, cache: LayerCache | None) -> Array:
@@ -263,12 +222,6 @@ def over_pages(
     return out, type(cache)(*pages)
 
 
-def _block_size(rows: int, most: int = _MOST_ROWS_A_BLOCK) -> int:
-    """Equal blocks, as few as can be of at most `most` rows; all rows if they do not divide."""
-    sizes = (rows // count for count in range(1, rows // 16 + 1) if rows % (16 * count) == 0)
-    return next((size for size in sizes if size <= most), rows)
-
-
 def init_layer_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> LayerCache:
     """An empty cache of one layer: n whole pages of each sequence, `[B, n, ...]`; see `ops.paging.pages`."""
     count = -(-length // PAGE)
@@ -277,15 +230,3 @@ def init_layer_cache(config: LanguageConfig, batch: int, length: int, dtype: Dty
         return LatentPages(latents, jnp.zeros((batch, count, PAGE // 2, 2 * config.qk_rope_head_dim), dtype))
     shape = (batch, count, config.num_key_value_heads, PAGE, config.head_dim)
     return HeadPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-
-def _absorbed_below(config: LanguageConfig) -> float:
-    """Query positions below which the absorbed form needs fewer operations than the expanded one.
-
-    Per cache row and head: absorbed T (2 R + P); expanded T (nope + P + V) and once R (nope + V).
-    """
-    rank = config.kv_lora_rank
-    nope, value_dim = config.qk_nope_head_dim, config.v_head_dim
-    assert rank is not None
-    extra = 2 * rank - nope - value_dim
-    return float("inf") if extra <= 0 else rank * (nope + value_dim) / extra

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache, sees
+from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache
 from vl2_jax.model.layers import (
     ONE_DEVICE,
     Dtype,
@@ -29,6 +29,7 @@ from vl2_jax.model.layers import (
 )
 from vl2_jax.model.moe import MoE, Routing
 from vl2_jax.model.rope import rotary_tables
+from vl2_jax.ops.flash_attention.segments import sees
 
 Cache = tuple[LayerCache, ...]
 
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
           x: embeddings of text and pictures.
           positions: position of every row in its sequence; with a cache also the slot it is written to.
           segments: the document that a position belongs to, 0 for padding; documents do not see each other
-            (`attention.sees`). `None` is one document. With a cache there is one, and padding reaches no expert.
+            (`segments.sees`). `None` is one document. With a cache there is one, and padding reaches no expert.
           cache: rows of the positions before; a query sees the slots up to its own position.
           absorbed: see `LatentAttention`.
           packed: padding gives nothing that is used, so it need not attend as released.

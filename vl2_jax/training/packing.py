@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from vl2_jax.model.attention import BRANCH
+from vl2_jax.ops.flash_attention.segments import BRANCH
 from vl2_jax.processing.batch import IGNORED, TEXT, Encoded
 from vl2_jax.processing.tiling import after_tiles
 

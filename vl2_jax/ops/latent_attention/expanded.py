@@ -6,6 +6,7 @@ value, A rank of an adapter, N pages.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
@@ -57,13 +58,51 @@ def expanded_attention(
       kv_b, narrow, wide: see `expand`.
       pages, table, positions, scale: see `latent_attention`.
     """
+    heads, sequences = q_nope.shape[2], positions.shape[0]
+    pages = write_rows(pages, (new_latents, new_rotated), table, positions)
+
+    def plain(q_nope: Array, q_rotated: Array, kv_b: Array) -> Array:
+        return _over_blocks(q_nope, q_rotated, kv_b, pages, table, positions, scale=scale, factors=(narrow, wide))
+
+    def kernel(q_nope: Array, q_rotated: Array, kv_b: Array) -> Array:
+        from vl2_jax.ops.latent_attention import prefill
+
+        whole = kv_b if narrow is None or wide is None else kv_b + narrow @ wide
+        begins = jnp.maximum(positions, 0)  # of a sequence that does nothing, nobody looks at the result
+        return prefill.latent_prefill(q_nope, q_rotated, by_head(whole, heads), pages, table, begins, scale)
+
+    slots = pages_a_sequence(pages, table, sequences) * PAGE
+    if not _kernel_supports(q_nope, q_rotated, by_head(kv_b, heads), pages, slots):
+        return plain(q_nope, q_rotated, kv_b), pages
+    return jax.lax.platform_dependent(q_nope, q_rotated, kv_b, tpu=kernel, default=plain), pages
+
+
+def _kernel_supports(q_nope: Array, q_rotated: Array, kv_b: Array, pages: LatentPages, slots: int) -> bool:
+    if q_nope.dtype != jnp.bfloat16:
+        return False
+    from vl2_jax.ops.latent_attention import prefill  # Pallas takes a third of a second to import
+
+    return prefill.supports(q_nope, q_rotated, kv_b, pages, slots)
+
+
+def _over_blocks(
+    q_nope: Array,
+    q_rotated: Array,
+    kv_b: Array,
+    pages: LatentPages,
+    table: Array | None,
+    positions: Array,
+    *,
+    scale: float,
+    factors: tuple[Array | None, Array | None],
+) -> Float[Array, "B T H V"]:
+    """Plain XLA: the keys and values of a block of rows at a time."""
     heads, values_from = q_nope.shape[2:]
     sequences = positions.shape[0]
-    pages = write_rows(pages, (new_latents, new_rotated), table, positions)
 
     def block(begin: Array, size: int, only: Array | None) -> tuple[Array, Array]:
         rows = read_rows(pages, table, sequences, begin, size, only)
-        return expand(*rows, kv_b, heads, values_from, narrow, wide)
+        return expand(*rows, kv_b, heads, values_from, *factors)
 
     def score(queries: Array, block: tuple[Array, Array]) -> Array:
         return jnp.einsum("bhtk,bhsk->bhts", queries, block[0], preferred_element_type=jnp.float32)
@@ -72,7 +111,7 @@ def expanded_attention(
         values = block[1]
         return jnp.einsum("bhts,bhsv->bhtv", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
+    queries = rearrange(jnp.concatenate([q_nope, q_rotated], axis=-1), "b t h k -> b h t k")
     slots = pages_a_sequence(pages, table, sequences) * PAGE
-    by_head = rearrange(jnp.concatenate([q_nope, q_rotated], axis=-1), "b t h k -> b h t k")
-    out = attend_to_filled((by_head,), block, score, mix, slots, positions, scale)
-    return rearrange(out, "b h t v -> b t h v").astype(q_nope.dtype), pages
+    out = attend_to_filled((queries,), block, score, mix, slots, positions, scale)
+    return rearrange(out, "b h t v -> b t h v").astype(q_nope.dtype)

@@ -8,11 +8,13 @@ from __future__ import annotations
 from functools import partial
 
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.multi_head_attention import reference, xla
 from vl2_jax.ops.paging.choice import Implementation, choose
-from vl2_jax.ops.paging.pages import HeadPages
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, pages_a_sequence
+from vl2_jax.ops.paging.xla import write_rows
 
 
 def multi_head_attention(
@@ -49,9 +51,10 @@ def multi_head_attention(
     arguments = (queries, new_keys, new_values, pages, table, positions)
     if implementation == "reference":
         return reference.multi_head_attention(*arguments, scale=scale)
+    kernel = _kernel
     if implementation is None and not _kernel_supports(queries, pages):
-        implementation = "xla"
-    return choose(implementation, partial(_kernel, scale=scale), partial(xla.multi_head_attention, scale=scale))(
+        kernel, implementation = _chunk_kernel, None if _chunk_supports(queries, pages, table) else "xla"
+    return choose(implementation, partial(kernel, scale=scale), partial(xla.multi_head_attention, scale=scale))(
         *arguments
     )
 
@@ -71,3 +74,20 @@ def _kernel(*arguments, scale):
     from vl2_jax.ops.multi_head_attention import pallas_tpu
 
     return pallas_tpu.multi_head_attention(*arguments, scale=scale)
+
+
+def _chunk_supports(queries, pages, table):
+    if queries.dtype != jnp.bfloat16:
+        return False
+    from vl2_jax.ops.multi_head_attention import prefill
+
+    return prefill.supports(queries, pages, pages_a_sequence(pages, table, queries.shape[0]) * PAGE)
+
+
+def _chunk_kernel(queries, new_keys, new_values, pages, table, positions, *, scale):
+    from vl2_jax.ops.multi_head_attention import prefill
+
+    new = tuple(rearrange(rows, "b t h k -> b h t k") for rows in (new_keys, new_values))
+    pages = write_rows(pages, new, table, positions)
+    begins = jnp.maximum(positions, 0)  # of a sequence that does nothing, nobody looks at the result
+    return prefill.multi_head_prefill(queries, pages, table, begins, scale), pages
