@@ -20,7 +20,7 @@ from vl2_jax.config import LanguageConfig, VL2Config
 from vl2_jax.inference.chunks import chunking
 from vl2_jax.inference.generate import DecodeState, decode_steps
 from vl2_jax.inference.options import SamplingOptions
-from vl2_jax.inference.prefill import prefill_chunk
+from vl2_jax.inference.prefill import FEWEST_TILES, prefill_chunk
 from vl2_jax.inference.sampling import Sampler
 from vl2_jax.model.decoder import init_cache
 from vl2_jax.model.layers import cache_axes

@@ -5,7 +5,9 @@ B sequences, T new rows of each, H heads, K head width, N pages of 128 rows (`op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from einops import rearrange
@@ -51,7 +53,7 @@ def multi_head_attention(
     arguments = (queries, new_keys, new_values, pages, table, positions)
     if implementation == "reference":
         return reference.multi_head_attention(*arguments, scale=scale)
-    kernel = _kernel
+    kernel: Callable[..., Any] = _kernel
     if implementation is None and not _kernel_supports(queries, pages):
         kernel, implementation = _chunk_kernel, None if _chunk_supports(queries, pages, table) else "xla"
     return choose(implementation, partial(kernel, scale=scale), partial(xla.multi_head_attention, scale=scale))(
