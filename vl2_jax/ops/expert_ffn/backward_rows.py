@@ -36,6 +36,7 @@ from vl2_jax.ops.expert_ffn.rows import (
     part_of,
     pieces_of,
     product,
+    product_along,
     walk_tiles,
 )
 from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling, round_up
@@ -278,18 +279,6 @@ def _kernel(
     def transposed_dot(left, right):
         return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=f32)
 
-    def product_of_halves(height, depths, partial_product, ride, keep):
-        """Products of no more rows at once than the chip's registers like, one after the other."""
-        halves = 1 if height <= s.tiling.product_rows else 2
-        for half in range(halves):
-            lines = slice(*(height // 16 * (half + i) // halves * 16 for i in range(2)))
-            products = [functools.partial(partial_product, lines, *depth) for depth in depths]
-
-            def ride_half(part, parts, zero, half=half):
-                ride(half * parts + part, halves * parts, zero)
-
-            keep(lines, product(products, ride_half))
-
     def tile(height, place):
         """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
         slot = place.number % 2
@@ -297,17 +286,14 @@ def _kernel(
         def project(columns, combined):
             """dout down^T; beside it the `combined` steps of combining the tile before."""
 
-            def partial_product(lines, k, size):
-                return transposed_dot(dout_tile[lines, k : k + size], down[slot, columns, k : k + size])
+            def partial_product(k, size):
+                return transposed_dot(dout_tile[0:height, k : k + size], down[slot, columns, k : k + size])
 
             def ride(part, parts, zero):
                 for step in combined:
                     combine(place.previous, place.previous_end, step, part, parts, zero)
 
-            def keep(lines, total):
-                projected[lines, columns] = total
-
-            product_of_halves(height, pieces_of(s.width, PRODUCT_DEPTH), partial_product, ride, keep)
+            projected[0:height, columns] = product_along(s.width, partial_product, ride)
 
         def project_step(step, _):
             project(pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS), (2 * step, 2 * step + 1))
@@ -316,40 +302,36 @@ def _kernel(
         def gate_step(step, _):
             columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
 
-            def partial_product(lines, k, size):
+            def partial_product(k, size):
                 both = [kernel[slot, k : k + size, columns] for kernel in (gate, up)]
-                return jnp.dot(x_tile[lines, k : k + size], jnp.concatenate(both, axis=1), preferred_element_type=f32)
+                return jnp.dot(
+                    x_tile[0:height, k : k + size], jnp.concatenate(both, axis=1), preferred_element_type=f32
+                )
 
             def ride(part, parts, zero):
                 # The step before is activated; before the first step that is garbage, and overwritten.
                 activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 gather_dout(place.end, place.following_end, step, part, parts, zero)
 
-            def keep(lines, total):
-                gate_up[lines, :] = total
-
-            product_of_halves(height, pieces_of(s.width, PRODUCT_DEPTH), partial_product, ride, keep)
+            gate_up[0:height, :] = product_along(s.width, partial_product, ride)
             return 0
 
         def dx_step(step, _):
             columns = pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS)
 
-            def partial_product(lines, kernel, begin, k, size):
-                left = dgated[lines, begin + k : begin + k + size]
+            def partial_product(kernel, begin, k, size):
+                left = dgated[0:height, begin + k : begin + k + size]
                 return transposed_dot(left, kernel[slot, columns, k : k + size])
 
             def ride(part, parts, zero):
                 gather_x(place.end, place.following_end, step, part, parts, zero)
 
-            def keep(lines, total):
-                rows.put_out(total, outputs, step, lines.start)
-
-            depths = [
-                (kernel, begin, *piece)
+            partial_products = [
+                functools.partial(partial_product, kernel, begin, *piece)
                 for kernel, begin in ((gate, 0), (up, s.part_width))
                 for piece in pieces_of(s.part_width, PRODUCT_DEPTH)
             ]
-            product_of_halves(height, depths, partial_product, ride, keep)
+            rows.put_out(product(partial_products, ride), outputs, step)
             return 0
 
         lax.fori_loop(0, s.part_width // _COLUMNS, project_step, 0)

@@ -195,12 +195,12 @@ class Rows:
                 for half, words in enumerate(exchange_halves(even, odd)):
                     source.tile[pl.ds(base, 16), columns_of(2 * c + half)] = pltpu.bitcast(words, jnp.bfloat16)
 
-    def put_out(self, product, outputs, step, first_row=0):
+    def put_out(self, product, outputs, step):
         """A product's columns as lines of the outputs' rows."""
         s, tiles = self.scratch, product.shape[1] // LANES
         for c in range(tiles):
             for row in range(0, product.shape[0], 8):
-                lines = pl.ds((first_row + row) * s.line_pitch + step * tiles + c, 8, stride=s.line_pitch)
+                lines = pl.ds(row * s.line_pitch + step * tiles + c, 8, stride=s.line_pitch)
                 outputs[lines, :] = product[row : row + 8, columns_of(c)]
 
     def combine(self, outputs, sums, weights, first, end, step, part=0, parts=1, zero=None):

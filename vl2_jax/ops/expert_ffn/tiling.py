@@ -36,7 +36,6 @@ class Tiling:
     floor: int
     fixed: int
     parts: int = 1
-    product_rows: int = 512
 
     @functools.cached_property
     def plan(self) -> list[tuple[int, int]]:
@@ -96,7 +95,7 @@ def _fewest_calls(
             tall = round_up(int(tallest), 32)
             heights = (tall, *(h for h in ((384, 256, 128, 32) if wide else (256, 128, 64, 32)) if h < tall - 16))
         floor, fixed = (128, 110) if wide else (40, 8)
-        tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts, 256 if wide else 512)
+        tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts)
         if tiling.vmem > 0 and scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
             return tiling
     return None
