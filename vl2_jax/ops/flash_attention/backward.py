@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import chip_of_mesh
 from vl2_jax.ops.flash_attention.online import LANES, LOG2_E, MASKED, dot
-from vl2_jax.ops.flash_attention.pallas_tpu import are_seen, as_column, block_at, block_size, columns_of_heads
+from vl2_jax.ops.flash_attention.pallas_tpu import are_seen, as_column, block_at, block_size, columns_of_heads, specs
 from vl2_jax.ops.flash_attention.segments import EVERYTHING, SOMETHING, kinds_of_blocks
 
 _MIB = 1 << 20
@@ -51,15 +51,8 @@ def backward(
     key_width = keys.shape[-1]
     queries, keys, values, dout = (columns_of_heads(a) for a in (queries, keys, values, dout))
     width = keys.shape[-1] // heads
-
-    def a_block(width):
-        return pl.BlockSpec((None, size, width), lambda b, h, i, _: (b, i, h))
-
-    def a_head(width):
-        return pl.BlockSpec((None, length, width), lambda b, h, i, _: (b, 0, h))
-
+    a_block, a_head, a_row = specs(length, size)
     of_queries = pl.BlockSpec((None, None, 1, length), lambda b, h, i, _: (b, h, 0, 0))
-    row = pl.BlockSpec((None, 1, length), lambda b, h, i, _: (b, 0, 0))
     gradients = pl.pallas_call(
         functools.partial(_kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -67,7 +60,7 @@ def backward(
             grid=(batch, heads, length // size),
             in_specs=[
                 *(a_head(width), a_block(width), a_block(value_width), a_head(value_width)),
-                *(of_queries, of_queries, row),
+                *(of_queries, of_queries, a_row),
             ],
             out_specs=[a_head(width), a_block(width), a_block(value_width)],
             scratch_shapes=[

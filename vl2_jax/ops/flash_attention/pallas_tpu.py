@@ -55,19 +55,13 @@ def forward(
     size = size or block_size(length)
     queries, keys, values = (columns_of_heads(a) for a in (queries, keys, values))
     width = keys.shape[-1] // heads
-
-    def a_block(width):
-        return pl.BlockSpec((None, size, width), lambda b, h, i, _: (b, i, h))
-
-    def a_head(width):
-        return pl.BlockSpec((None, length, width), lambda b, h, i, _: (b, 0, h))
-
+    a_block, a_head, a_row = specs(length, size)
     out, sums = pl.pallas_call(
         functools.partial(_forward_kernel, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads, length // size),
-            in_specs=[a_block(width), a_head(width), a_head(value_width), _row_of_segments(length)],
+            in_specs=[a_block(width), a_head(width), a_head(value_width), a_row],
             out_specs=[a_block(value_width), pl.BlockSpec((None, None, 1, size), lambda b, h, i, _: (b, h, 0, i))],
             scratch_shapes=[pltpu.VMEM((size, LANES), jnp.int32), *OnlineSoftmax.scratch(size, value_width)],
         ),
@@ -119,8 +113,16 @@ def are_seen(ours, theirs, ahead, query_axis):
     return of_segment & (places[0] + ahead >= places[1])
 
 
-def _row_of_segments(length):
-    return pl.BlockSpec((None, 1, length), lambda b, *_: (b, 0, 0))
+def specs(length, size):
+    """Of a block of a head and of all of it, by their widths, and of a row of segments."""
+
+    def a_block(width):
+        return pl.BlockSpec((None, size, width), lambda b, h, i, _: (b, i, h))
+
+    def a_head(width):
+        return pl.BlockSpec((None, length, width), lambda b, h, i, _: (b, 0, h))
+
+    return a_block, a_head, pl.BlockSpec((None, 1, length), lambda b, h, i, _: (b, 0, 0))
 
 
 def as_column(row):
