@@ -26,8 +26,8 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.chips import Chip, chip_of_mesh
 from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, dot
 from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, block_of_queries, rows_of
+from vl2_jax.ops.paging.pages import PAGE
 
-PAGE = 128  # rows
 _MIB = 1 << 20
 
 
