@@ -95,7 +95,6 @@ def attend(
     per = pages_a_sequence(pages, table, sequences)
     scalars = (positions,) if table is None else (positions, table.ravel())
     first_page = len(scalars) + len(queries) + len(new)
-    # Not `pl.ANY`, of which the compiler would copy what is small into vector memory first.
     scalar, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.HBM))
     results: Any = pl.pallas_call(
         partial(
