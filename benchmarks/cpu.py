@@ -117,7 +117,7 @@ def our_parties(config: VL2Config, params: Params) -> dict[tuple[str, str], Part
     with tempfile.TemporaryDirectory() as folder:
         create("vl2-nano", Path(folder) / "nano")  # for its tokenizer
         processor = Processor.from_directory(Path(folder) / "nano")
-    generator = VL2(config, params, processor, jnp.float32, chunk_size=2048).generator  # whole, as the peers do
+    generator = VL2(config, params, processor, jnp.float32).generator
     ids = (np.arange(PROMPT) * 7 % SHAPE["vocab_size"]).astype(np.int32)
     size = VISION["image_size"]
     no_tiles = np.zeros((0, size, size, 3), np.uint8)
