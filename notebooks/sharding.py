@@ -123,6 +123,7 @@ for mesh, vl2 in models.items():
 # %%
 vl2 = models["expert=4,tensor=2"]
 prompts = [vl2.processor.encode([*question, {"role": "assistant", "content": ""}]) for question in questions]
-_, ((cache,), *_) = vl2.generator.prefill(prompts, capacity=256)
-jax.debug.visualize_array_sharding(cache[:, :, 0])
-print(cache.shape, "on each device", cache.sharding.shard_shape(cache.shape))
+_, (first_layer, *_) = vl2.generator.prefill(prompts, capacity=256)
+latents = first_layer.latents  # [sequences, pages, 128 rows, latent rank]
+jax.debug.visualize_array_sharding(latents[:, :, 0, 0])
+print(latents.shape, "on each device", latents.sharding.shard_shape(latents.shape))
