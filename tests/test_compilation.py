@@ -93,7 +93,6 @@ def test_a_second_start_compiles_nothing(tmp_path):
     answer, missed = start()
     assert missed > 0
     assert start() == (answer, 0)
-    assert start("--max-tokens", "5")[1] == 0
     assert list((tmp_path / "vl2-jax" / "compiled").iterdir())
 
 

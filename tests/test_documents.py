@@ -11,6 +11,7 @@ import pytest
 from docs.links import PAGES, ROOT, wrong_links
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TRAINS = "finetune"  # it computes for a minute and a half
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -45,7 +46,16 @@ def test_a_notebook_is_its_readable_script(notebook):
     ast.parse(notebook.with_suffix(".py").read_text())
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.stem != TRAINS], ids=lambda path: path.stem)
 def test_a_notebook_runs(notebook):
+    run(notebook)
+
+
+@pytest.mark.slow
+def test_the_notebook_that_trains_runs():
+    run(ROOT / "notebooks" / f"{TRAINS}.ipynb")
+
+
+def run(notebook: Path) -> None:
     book = jupytext.read(notebook)
     nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(Path(notebook).parent)}}).execute()
