@@ -45,7 +45,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 CONFIGS = ("nano-tiny", "nano-small", "nano-base", "nano-base-groups", "nano-v2")
 CASES = [(config, path.stem) for config in CONFIGS for path in sorted((GOLDENS / config / "cases").glob("*.json"))]
 _MOST_MEMORY = 3e9  # a worker should take no more, so that two fit into a small machine
-_MUCH_MEMORY = 1.5e9  # beyond, programs are given back between tests of a module too
+_MUCH_MEMORY = 2.0e9  # beyond, programs are given back between tests of a module too
 
 
 def load_case(config: str, case: str) -> tuple[dict, dict[str, np.ndarray]]:

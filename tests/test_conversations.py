@@ -139,10 +139,30 @@ def test_answers_of_one_prompt_differ_and_each_is_that_of_its_seed(vl2):
     assert answers[0].timings.prompt_tokens == 2 * alone[0].prompt_tokens  # each prompt is computed once
 
 
+def test_conversations_of_one_batch_may_have_options_of_their_own(vl2):
+    questions = [[{"role": "user", "content": text}] for text in ("hello", "What colour is it?", "And now?", "Why?")]
+    each = [
+        {"max_tokens": 3},
+        {"temperature": 20.0, "top_p": 1.0, "top_k": 0, "seed": 5},
+        {"temperature": 2.0, "top_k": 7, "seed": 8, "ignore_eos": False},
+        {"repetition_penalty": 3.0, "stop": "a"},
+    ]
+    common = {"max_tokens": 6, "ignore_eos": True}
+    together = vl2.generate(questions, each=each, **common)
+    alone = [vl2.generate(question, **{**common, **own})[0] for question, own in zip(questions, each)]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+    assert [a.finish_reason for a in together] == [a.finish_reason for a in alone]
+    twice = vl2.generate(questions[:2], each=each[:2], n=2, **common)
+    assert [twice[0].token_ids, twice[2].token_ids] == [a.token_ids for a in alone[:2]]
+    assert twice[2].token_ids != twice[3].token_ids
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n": 0}, "n is 0"),
+        ({"each": [{}, {}]}, "2 options were given for 1 conversations"),
+        ({"each": [{"top_q": 1}]}, "did you mean 'top_"),
         ({"boxes_on": 1}, "boxes_on is 1; the conversation has 1 picture"),
         ({"boxes_on": -2}, "boxes_on is -2"),
         ({"seed": [1, 2]}, "2 seeds were given for 1 answers"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,7 @@ class VL2:
         n: int = 1,
         boxes_on: int = -1,
         report: Report = silent,
+        each: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[Answer]:
         """Answers for one conversation or a list of them, in one batch.
@@ -238,6 +239,7 @@ class VL2:
           n: answers of each conversation, which is computed once; they stand together.
           boxes_on: the picture that boxes are pixels of, counted as lists are; the last, as released.
           report: called with (phase, done, total) until the first text.
+          each: options of each conversation, beside and before those that all have.
           **options: fields of `SamplingOptions`: max_tokens, temperature, top_p, top_k, repetition_penalty, seed,
             ignore_eos, stop.
 
@@ -247,7 +249,9 @@ class VL2:
         Raises:
           ConversationError, ImageError, ContextLengthError, RequestError: see their messages.
         """
-        sampling = _agreed(SamplingOptions.of(options))
+        sampling: SamplingOptions | list[SamplingOptions] = _agreed(SamplingOptions.of(options))
+        if each is not None:
+            sampling = [_agreed(SamplingOptions.of({**options, **own})) for own in each]
         prompts = [self.processor.encode(open_answer(c)) for c in as_conversations(conversations)]
         return self.generator.generate(prompts, sampling, on_text, n=n, boxes_on=boxes_on, report=report)[0]
 

@@ -74,7 +74,7 @@ class Generator:
     def generate(
         self,
         prompts: Sequence[Encoded],
-        options: SamplingOptions,
+        options: SamplingOptions | Sequence[SamplingOptions],
         on_text: Callable[[int, str], None] | None = None,
         memory: Memory | None = None,
         *,
@@ -86,6 +86,7 @@ class Generator:
 
         Args:
           prompts: encoded conversations that end where the answer begins.
+          options: of all prompts, or one for each.
           on_text: called with (row, text) as soon as text is complete; others may compute meanwhile.
           memory: what an earlier call returned; the prefix it shares with the prompt is not computed again. Only for
             a single prompt. It is used up.
@@ -95,16 +96,24 @@ class Generator:
 
         Raises:
           ContextLengthError: a prompt leaves no room for an answer.
-          RequestError: `n` is below 1, a conversation has pictures but none at `boxes_on`, or too few seeds were given.
+          RequestError: `n` is below 1, a conversation has pictures but none at `boxes_on`, or too few seeds or options
+            were given.
         """
         if n < 1:
             raise RequestError(f"n is {n}; expected at least 1.")
-        limits = [self._room_for(prompt, options.max_tokens) for prompt in prompts for _ in range(n)]
+        each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(each)} options were given for {len(prompts)} conversations; give one for each.")
+        limits = [self._room_for(prompt, own.max_tokens) for prompt, own in zip(prompts, each) for _ in range(n)]
         pictures = [picture_at(prompt, boxes_on) for prompt in prompts]
-        sampler = Sampler.of(options, self.model.config.language_config.vocab_size, len(limits))
-        writers = [AnswerWriter(self.tokenizer, options, limit) for limit in limits]
+        vocabulary = self.model.config.language_config.vocab_size
+        if isinstance(options, SamplingOptions):
+            sampler = Sampler.of(options, vocabulary, len(limits))
+        else:
+            sampler = Sampler.of_each(each, vocabulary, n)
+        writers = [AnswerWriter(self.tokenizer, each[row // n], limit) for row, limit in enumerate(limits)]
         timings = Timings(tiles=sum(len(p.tiles) for p in prompts), prompt_tokens=sum(map(len, prompts)))
-        run = self._run(prompts, sampler, options, writers, memory, timings, report)
+        run = self._run(prompts, sampler, each, writers, memory, timings, report)
         while True:
             try:
                 tokens = next(run)
@@ -136,7 +145,7 @@ class Generator:
         lengths = np.zeros(conversations, np.int32)
         seen = np.zeros((conversations, config.vocab_size), bool)
         sampler = Sampler.of(SamplingOptions(seed=0), config.vocab_size, conversations)
-        eos, ways = np.int32(self.tokenizer.eos_id), (True,) if greedy_only else (True, False)
+        eos, ways = np.full(conversations, self.tokenizer.eos_id, np.int32), (True,) if greedy_only else (True, False)
         with DEVICES, self.model.layout.on_devices():
             hidden, cache = compile_prefill(self.model, self.params, conversations, chunks, report)
             for number, greedy in enumerate(ways):
@@ -166,7 +175,7 @@ class Generator:
         self,
         prompts: Sequence[Encoded],
         sampler: Sampler,
-        options: SamplingOptions,
+        each: Sequence[SamplingOptions],
         writers: list[AnswerWriter],
         memory: Memory | None,
         timings: Timings,
@@ -180,7 +189,9 @@ class Generator:
         seen = np.zeros((rows, self.model.config.language_config.vocab_size), bool)
         for row, prompt in zip(seen, repeated):
             row[prompt.input_ids] = True
-        greedy, eos = options.is_greedy, np.int32(-1 if options.ignore_eos else self.tokenizer.eos_id)
+        greedy = all(options.is_greedy for options in each)
+        ends = [-1 if options.ignore_eos else self.tokenizer.eos_id for options in each]
+        eos = np.repeat(np.asarray(ends, np.int32), n)
         on_devices = self.model.layout.on_devices
         with DEVICES, on_devices():
             hidden, cache = self.prefill(prompts, capacity, memory, timings, report)
@@ -273,7 +284,7 @@ def decode_steps(
     eos: Array,
     greedy: bool,
 ) -> tuple[DecodeState, Int[Array, "B n"], Float[Array, "B n"], Int[Array, " B"]]:
-    """Up to `steps` tokens a row. A finished row stays where it is and produces nothing."""
+    """Up to `steps` tokens a row. A row that is done, by the caller or by its token `eos`, produces nothing."""
     batch = len(state.token)
     rows = jnp.arange(batch)
 

@@ -13,7 +13,7 @@ by two thresholds, each by bisection over the bits of the logits: 32 passes of c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,6 +44,12 @@ class Sampler(NamedTuple):
             np.full(rows, options.penalty, np.float32),
             np.asarray(seeds, np.uint32),
         )
+
+    @classmethod
+    def of_each(cls, each: Sequence[SamplingOptions], vocabulary: int, rows: int) -> Sampler:
+        """So many rows of each of several options."""
+        samplers = [cls.of(options, vocabulary, rows) for options in each]
+        return cls(*map(np.concatenate, zip(*samplers)))
 
 
 def penalise_repetition(

@@ -95,7 +95,7 @@ def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: i
     seen = array((batch, vocabulary), jnp.bool_, "batch", None)
     state = DecodeState(cache, tokens, positions, steps_taken, ended, seen)
     sampler = Sampler.of(SamplingOptions(), vocabulary, batch)
-    done, steps, eos = np.zeros(batch, bool), np.int32(1), np.int32(1)
+    done, steps, eos = np.zeros(batch, bool), np.int32(1), np.ones(batch, np.int32)
     lower = partial(decode_steps.lower, model, params, state, done, steps, sampler, eos, True)
     return Program(lower, kinds, _expert_flops(language, batch, layout), _moved(language, kinds, batch))
 
