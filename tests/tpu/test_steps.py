@@ -14,7 +14,7 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import AXES
 
 _BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
-_COPY = re.compile(r"%?(\S+) = (\w+)\[([\d,]*)\]\S* (?:copy|transpose)\(")
+_COPY = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (?:copy|transpose)\(")
 _LARGE = 1e6
 
 
@@ -24,7 +24,7 @@ def copies(text):
     for line in text.splitlines():
         if line and not line.startswith(" "):
             computation = line.split(" ")[0]
-        found = _COPY.search(line)
+        found = _COPY.match(line)
         if found and "fused" not in computation:
             name, dtype, shape = found.groups()
             yield name, math.prod(int(n) for n in shape.split(",") if n) * _BYTES[dtype]
