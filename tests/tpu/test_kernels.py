@@ -127,7 +127,7 @@ def test_multi_head_attention_compiles(target, length, paged, batch, context):
 HEADS = {"tiny": (10, 128), "small": (16, 192), "base": (32, 192)}  # of attention, and the width of keys
 
 
-@pytest.mark.parametrize("length", [512, 4096])
+@pytest.mark.parametrize("length", [4096])  # of which scores would be far more than what attention holds
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_attention_of_packed_rows_and_its_gradients_compile(target, size, length):
@@ -141,7 +141,7 @@ def test_attention_of_packed_rows_and_its_gradients_compile(target, size, length
 
     segments = jax.ShapeDtypeStruct((1, length), jax.numpy.int32)
     compiled = compile_for(target, gradients, rows, rows, values, segments, values)
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    assert compiled.as_text().count(KERNEL) == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * heads * length * length
 
 
