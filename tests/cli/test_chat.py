@@ -138,8 +138,12 @@ def test_a_real_conversation_goes_on_after_ctrl_c():
     """On a busy machine an answer may end before the signal comes, which then falls on the prompt: not every time."""
     flags = ["--model", str(GOLDENS / "nano-small"), "--max-tokens", "100000", "--ignore-eos"]
     command = [sys.executable, "-m", "vl2_jax.cli", "chat", *flags]
-    told = []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as chat:
+    told, pipes = [], dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+
+    def listen():  # what a shell starts in the background would ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, **pipes, preexec_fn=listen) as chat:
         for message in (b"hello\n", b"go on\n"):
             chat.stdin.write(message)
             chat.stdin.flush()
