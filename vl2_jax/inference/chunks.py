@@ -1,7 +1,7 @@
 """A prompt in chunks of few lengths: each length is a program to compile, and each chunk reads the weights once.
 
     CPU   512  64             1087 positions are 512 + 512 + 64
-    TPU   4096 1024 256 64    1087 positions are 1024 + 64; 3500 are 4096, most of whose padding costs nothing
+    TPU   4096 1024 256 64    1087 positions are 1024 + 64; 3500 are 4096, some of them padding
 
 Positions past the end of a prompt reach no expert; what they cost is projections and shared experts.
 """
@@ -29,6 +29,10 @@ class Chunking(NamedTuple):
     ratio: int
     overhead: int
     devices: int = 1
+
+    def within(self, room: int) -> Chunking:
+        """Of a cache that has room for so many positions."""
+        return self._replace(most=min(self.most, room))
 
     def lengths(self, sequences: int = 1) -> list[int]:
         """Of the chunks of so many sequences, the longest first."""

@@ -55,7 +55,7 @@ class DecodeState(NamedTuple):
 
 @dataclass(frozen=True)
 class Generator:
-    """Answers for one model. Compiled programs are kept for the shapes that were met, rounded up to few.
+    """Answers for one model.
 
     It never changes, so any number of threads may ask it at once. The devices compute for one of them at a time, in
     turn (`inference.turns`), and each answer in progress holds a cache of its own.
@@ -141,13 +141,13 @@ class Generator:
 
     def warm_up(self, conversations: int = 1, *, greedy_only: bool = False, report: Report = silent) -> None:
         """Runs every program that so many conversations at once need, on nothing, so that all are compiled."""
-        config, chunks = self.model.config.language_config, self._chunking.lengths(conversations)
+        config = self.model.config.language_config
         lengths = np.zeros(conversations, np.int32)
         seen = np.zeros((conversations, config.vocab_size), bool)
         sampler = Sampler.of(SamplingOptions(seed=0), config.vocab_size, conversations)
         eos, ways = np.full(conversations, self.tokenizer.eos_id, np.int32), (True,) if greedy_only else (True, False)
         with DEVICES, self.model.layout.on_devices():
-            hidden, cache = compile_prefill(self.model, self.params, conversations, chunks, report)
+            hidden, cache = compile_prefill(self.model, self.params, conversations, self._chunking, report)
             for number, greedy in enumerate(ways):
                 report("compiling the decoder", number, len(ways))
                 state, *_ = _first_token(self.model, self.params, hidden, lengths, seen, sampler, eos, greedy)

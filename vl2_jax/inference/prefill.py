@@ -82,7 +82,7 @@ def prefill(
     room = slots_of(cache)
 
     begun = time.perf_counter()
-    lengths = [min(length, room) for length in chunking.cut(longest - start, batch)]
+    lengths = chunking.within(room).cut(longest - start, batch)
     # A chunk that would pass the end of the cache computes some positions again instead.
     begins = [min(start + sum(lengths[:number]), room - length) for number, length in enumerate(lengths)]
     shows_pictures = any((p.visual_index[min(begins) :] != TEXT).any() for p in prompts)
@@ -111,16 +111,17 @@ def prefill(
 
 
 def compile_prefill(
-    model: VL2Model, params: Params, batch: int, lengths: Sequence[int], report: Report
+    model: VL2Model, params: Params, batch: int, chunking: Chunking, report: Report
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Hidden rows and a cache of nothing, after all programs of `prefill` have run for chunks of these lengths."""
+    """Hidden rows and a cache of nothing, after all programs of `prefill` have run for so many prompts."""
     config = model.config
     size = config.vision_config.image_size
     table = encode_tiles(model, params, np.zeros((1, size, size, 3), np.uint8))
     hidden: Any = np.zeros((batch, config.language_config.hidden_size), model.dtype)
     cache = empty_cache(model, batch, capacity_for(model, batch, config.language_config.max_position_embeddings))
     last = np.full(batch, -1, np.int32)
-    for number, length in enumerate(min(length, slots_of(cache)) for length in lengths):
+    lengths = chunking.within(slots_of(cache)).lengths(batch)
+    for number, length in enumerate(lengths):
         report("compiling for prompts", number, len(lengths))
         ids = np.zeros((batch, length), np.int32)
         hidden, cache = prefill_chunk(
@@ -150,8 +151,7 @@ def capacity_for(model: VL2Model, batch: int, needed: int) -> int:
     """
     config = model.config.language_config
     whole = bucket(max(needed, config.max_position_embeddings), _SMALLEST_CACHE)
-    row = jax.eval_shape(lambda: init_cache(config, batch, whole, model.dtype))
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+    size = batch * whole * config.num_hidden_layers * config.cache_width * jnp.dtype(model.dtype).itemsize
     return whole if size <= _ALWAYS_WHOLE * model.layout.devices else bucket(needed, _SMALLEST_CACHE)
 
 

@@ -40,7 +40,7 @@ class Layout:
 
         Args:
           axes: of every argument; axes of one name are cut alike, into as many parts as divide all of them.
-          results: axes of what comes out.
+          results: axes of what comes out; those with names are as long as the argument's of that name.
         """
         return function(*arrays)
 

@@ -50,10 +50,9 @@ class MeshLayout(Layout):
     def on_own_parts(
         self, function: Callable[..., tuple[Array, ...]], axes: Sequence[Axes], results: Sequence[Axes], *arrays: Array
     ) -> tuple[Array, ...]:
-        shapes = [a.shape for a in (*arrays, *jax.eval_shape(function, *arrays))]
         common: dict[str | None, int] = {}
-        for shape, names in zip(shapes, (*axes, *results), strict=True):
-            for size, name in zip(shape, names, strict=True):
+        for array, names in zip(arrays, axes, strict=True):
+            for size, name in zip(array.shape, names, strict=True):
                 common[name] = math.gcd(size, common.get(name, 0))
         specs = [spec_of(self.mesh, [common[name] for name in names], names) for names in (*axes, *results)]
         given, got = tuple(specs[: len(arrays)]), tuple(specs[len(arrays) :])

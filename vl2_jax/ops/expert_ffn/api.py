@@ -6,16 +6,14 @@ N tokens, k experts a token, D model width, E experts, F expert width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.expert_ffn import adapted, reference, xla
 from vl2_jax.ops.expert_ffn.adapted import ExpertAdapters
-
-Implementation = Literal["xla", "pallas_tpu", "reference"]
 
 
 def expert_ffn(
@@ -70,13 +68,13 @@ def _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, 
 def _forward(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over):
     arguments = (x, gate, up, down, expert_ids, combine_weights)
     plain = partial(xla.expert_ffn, spread_over=spread_over)
-    return _choose(implementation, partial(_kernel, spread_over=spread_over), plain)(*arguments), arguments
+    return choose(implementation, partial(_kernel, spread_over=spread_over), plain)(*arguments), arguments
 
 
 def _backward(implementation, spread_over, arguments, dout):
     plain = partial(xla.backward, spread_over=spread_over)
     kernel = partial(_kernel_backward, spread_over=spread_over)
-    gradients = _choose(implementation, kernel, plain)(*arguments, dout)
+    gradients = choose(implementation, kernel, plain)(*arguments, dout)
     return (*gradients[:4], None, gradients[4])
 
 
@@ -101,12 +99,6 @@ def _kernel_backward(*arguments, spread_over):
     from vl2_jax.ops.expert_ffn import backward
 
     return backward.backward(*arguments, spread_over=spread_over)
-
-
-def _choose(implementation, kernel, plain):
-    if implementation is None:
-        return partial(jax.lax.platform_dependent, tpu=kernel, default=plain)
-    return {"pallas_tpu": kernel, "xla": plain}[implementation]
 
 
 _expert_ffn.defvjp(_forward, _backward)

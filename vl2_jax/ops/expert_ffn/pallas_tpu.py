@@ -35,6 +35,7 @@ from vl2_jax.ops.expert_ffn.rows import (
     cleared_of_overlap,
     cut_experts,
     first_expert,
+    gate_and_up,
     list_experts,
     order_by_expert,
     part_of,
@@ -176,18 +177,12 @@ def _kernel(
         def gate_step(step, _):
             columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
 
-            def partial_product(k, size):
-                both = [kernel[slot, k : k + size, columns] for kernel in (gate, up)]
-                return jnp.dot(
-                    x_tile[0:height, k : k + size], jnp.concatenate(both, axis=1), preferred_element_type=f32
-                )
-
             def ride(part, parts, zero):
                 # The step before is activated; before the first step that is garbage, and overwritten.
                 activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 combine(place.previous, place.previous_end, step, part, parts, zero)
 
-            gate_up[0:height, :] = product_along(s.width, partial_product, ride)
+            gate_up[0:height, :] = gate_and_up(x_tile.at[0:height], gate.at[slot], up.at[slot], columns, ride)
             return 0
 
         def down_step(step, _):

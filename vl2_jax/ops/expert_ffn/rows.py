@@ -336,6 +336,20 @@ def product_along(depth: int, partial_product: Callable, ride: Callable | None):
     return product([functools.partial(partial_product, *piece) for piece in pieces_of(depth, PRODUCT_DEPTH)], ride)
 
 
+def gate_and_up(x_rows, gate, up, columns, ride: Callable):
+    """Products of rows with a step's columns of gate and up, side by side.
+
+    Args:
+      x_rows: `[M, D]`; gate, up: `[D, F]` of one expert, all in vector memory.
+    """
+
+    def partial_product(k, size):
+        both = jnp.concatenate([kernel[k : k + size, columns] for kernel in (gate, up)], axis=1)
+        return jnp.dot(x_rows[:, k : k + size], both, preferred_element_type=jnp.float32)
+
+    return product_along(x_rows.shape[1], partial_product, ride)
+
+
 def product(partial_products: Sequence[Callable], ride: Callable | None):
     """A sum of partial products, `ride(part, parts, zeros that depend on the product so far)` between them."""
     rides = max(1, len(partial_products) - 1)  # nothing rides after the last: its result is waited for

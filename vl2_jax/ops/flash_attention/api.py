@@ -6,15 +6,13 @@ B rows, T positions, H heads, K key width, V value width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.flash_attention import reference, xla
-
-Implementation = Literal["xla", "pallas_tpu", "reference"]
 
 
 def flash_attention(
@@ -55,13 +53,13 @@ def _flash_attention(queries, keys, values, segments, scale, implementation):
 
 def _forward(queries, keys, values, segments, scale, implementation):
     arguments = (queries, keys, values, segments)
-    out, sums = _choose(implementation, partial(_kernel, scale=scale), partial(_plain, scale=scale))(*arguments)
+    out, sums = choose(implementation, partial(_kernel, scale=scale), partial(_plain, scale=scale))(*arguments)
     return out, (*arguments, out, sums)
 
 
 def _backward(scale, implementation, residuals, dout):
     kernel, plain = partial(_kernel_backward, scale=scale), partial(_plain_backward, scale=scale)
-    return (*_choose(implementation, kernel, plain)(*residuals, dout), None)
+    return (*choose(implementation, kernel, plain)(*residuals, dout), None)
 
 
 def _plain(queries, keys, values, segments, *, scale):
@@ -96,12 +94,6 @@ def _kernel_backward(*arguments, scale):
     from vl2_jax.ops.flash_attention import backward
 
     return backward.backward(*arguments, scale=scale)
-
-
-def _choose(implementation, kernel, plain):
-    if implementation is None:
-        return partial(jax.lax.platform_dependent, tpu=kernel, default=plain)
-    return kernel
 
 
 _flash_attention.defvjp(_forward, _backward)

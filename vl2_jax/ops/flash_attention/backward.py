@@ -25,8 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import chip_of_mesh
-from vl2_jax.ops.flash_attention.online import LANES, LOG2_E, MASKED, dot
-from vl2_jax.ops.flash_attention.pallas_tpu import are_seen, as_column, block_at, block_size, columns_of_heads, specs
+from vl2_jax.ops.flash_attention.online import LANES, LOG2_E, MASKED, block_of_queries, dot
+from vl2_jax.ops.flash_attention.pallas_tpu import are_seen, as_column, block_at, columns_of_heads, specs
 from vl2_jax.ops.flash_attention.segments import EVERYTHING, SOMETHING, kinds_of_blocks
 
 _MIB = 1 << 20
@@ -46,7 +46,7 @@ def backward(
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H V"]]:
     """Gradients of queries, keys and values, from what `pallas_tpu.forward` gave and the gradient of its result."""
     batch, length, heads, value_width = values.shape
-    size = size or block_size(length)
+    size = size or block_of_queries(length)
     delta = jnp.einsum("bthv,bthv->bht", out, dout, preferred_element_type=jnp.float32)[:, :, None]
     key_width = keys.shape[-1]
     queries, keys, values, dout = (columns_of_heads(a) for a in (queries, keys, values, dout))

@@ -21,7 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 LANES = 128
 LOG2_E = math.log2(math.e)
 MASKED = -1e30  # finite: a query that sees nothing of a block must not become NaN, and forgets it at its first key
+_QUERIES = (512, 256, 128)  # of a block
 ROWS_AT_ONCE = 256  # of the queries: while these are exponentiated, the MXU makes the scores of the next
+
+
+def block_of_queries(length: int) -> int:
+    """The rows of a block, of a multiple of 128 queries."""
+    return next(size for size in _QUERIES if length % size == 0)
 
 
 class OnlineSoftmax(NamedTuple):

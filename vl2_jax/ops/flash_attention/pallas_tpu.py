@@ -21,10 +21,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import Chip, chip_of_mesh
-from vl2_jax.ops.flash_attention.online import LANES, MASKED, OnlineSoftmax, dot
+from vl2_jax.ops.flash_attention.online import LANES, MASKED, OnlineSoftmax, block_of_queries, dot
 from vl2_jax.ops.flash_attention.segments import BRANCH, EVERYTHING, SOMETHING, kinds_of_blocks
 
-_BLOCKS = (512, 256, 128)
 _MIB = 1 << 20
 
 
@@ -52,7 +51,7 @@ def forward(
       size: of blocks, by default the largest of a few that divides T.
     """
     batch, length, heads, value_width = values.shape
-    size = size or block_size(length)
+    size = size or block_of_queries(length)
     queries, keys, values = (columns_of_heads(a) for a in (queries, keys, values))
     width = keys.shape[-1] // heads
     a_block, a_head, a_row = specs(length, size)
@@ -142,7 +141,3 @@ def columns_of_heads(rows: Float[Array, "B T H K"]) -> Float[Array, "B T H*W"]:
 
 def _whole(width: int) -> int:
     return -(-width // LANES) * LANES
-
-
-def block_size(length: int) -> int:
-    return next(size for size in _BLOCKS if length % size == 0)

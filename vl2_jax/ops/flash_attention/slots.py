@@ -16,12 +16,6 @@ from jax.experimental import pallas as pl
 from vl2_jax.ops.flash_attention.online import LANES, MASKED, OnlineSoftmax, dot
 
 KEYS = 512  # slots of a block
-_QUERIES = (512, 256, 128)  # of a block
-
-
-def block_of_queries(length: int) -> int:
-    """The rows of a block, of a multiple of 128 queries."""
-    return next(size for size in _QUERIES if length % size == 0)
 
 
 def attend_to_slots(

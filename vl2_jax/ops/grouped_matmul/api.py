@@ -6,14 +6,12 @@ N rows, G groups, K depth, M width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.choice import Implementation
 from vl2_jax.ops.grouped_matmul import pallas_tpu, reference, xla
-
-Implementation = Literal["xla", "pallas_tpu", "reference"]
 
 
 def grouped_matmul(

@@ -7,7 +7,6 @@ rank of an adapter, N pages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,5 +92,5 @@ def _chosen(plain: Callable[..., Array], name: str, rows: Array, kv_b: Array, va
 
     if not projections.supports(rows, kv_b, values_from):
         return plain(rows, kv_b)
-    kernel: Callable[..., Array] = partial(getattr(projections, name))
-    return jax.lax.platform_dependent(rows, kv_b, tpu=kernel, default=plain)
+    kernels = {"to_latents": projections.to_latents, "to_values": projections.to_values}
+    return jax.lax.platform_dependent(rows, kv_b, tpu=kernels[name], default=plain)

@@ -10,8 +10,8 @@ from functools import partial
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.latent_attention import reference, xla
-from vl2_jax.ops.paging.choice import Implementation, choose
 from vl2_jax.ops.paging.pages import LatentPages
 
 

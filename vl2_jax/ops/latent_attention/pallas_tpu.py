@@ -25,7 +25,6 @@ from vl2_jax.ops.paging.pallas_tpu import (
     SLAB,
     Form,
     Plan,
-    as_rows,
     attend,
     power_of_two,
     product,
@@ -74,24 +73,17 @@ def latent_attention(
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "B T H R"], LatentPages]:
     """See `api.latent_attention`."""
-    batch, length, heads, rank = q_latent.shape
-    form, rows = _form(heads, rank), rows_of(length, heads)
-    slack = 0 if length == 1 else -length % SLAB
-    new = tuple(jnp.pad(rows, ((0, 0), (0, slack), (0, 0))) for rows in (new_latents, new_rotated))
-    out, pages = attend(
-        form,
-        (as_rows(q_latent, form.heads, rows), as_rows(q_rotated, form.heads, rows)),
-        new,
+    return attend(
+        _form(*q_latent.shape[2:]),
+        (q_latent, q_rotated),
+        (new_latents, new_rotated),
         pages,
         table,
         positions,
-        length=length,
         scale=scale,
         plan=plan or choose_plan(chip_of_mesh()),
         name="latent_attention",
     )
-    out = out[:, : length * form.heads].reshape(batch, length, form.heads, rank)
-    return out[:, :, :heads], pages
 
 
 def _form(heads: int, rank: int) -> Form:

@@ -24,15 +24,15 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import Chip, chip_of_mesh
-from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, dot
-from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, block_of_queries, rows_of
-from vl2_jax.ops.paging.pages import PAGE
+from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, block_of_queries, dot
+from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, rows_of
+from vl2_jax.ops.paging.pages import PAGE, LatentPages, full_table
 
 _MIB = 1 << 20
 
 
 def supports(
-    q_nope: Array, q_rotated: Array, kv_b: Array, pages: tuple[Array, Array], slots: int, chip: Chip | None = None
+    q_nope: Array, q_rotated: Array, kv_b: Array, pages: LatentPages, slots: int, chip: Chip | None = None
 ) -> bool:
     """Whether the kernel can do this: bfloat16, widths that fill its lanes, a sequence that fits in vector memory.
 
@@ -56,7 +56,7 @@ def latent_prefill(
     q_nope: Float[Array, "B T H nope"],
     q_rotated: Float[Array, "B T H P"],
     kv_b: Float[Array, "R H nope+V"],
-    pages: tuple[Float[Array, "N 128 R"], Float[Array, "N 64 2*P"]],
+    pages: LatentPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     scale: float,
@@ -73,8 +73,7 @@ def latent_prefill(
     """
     batch, queries, heads, nope = q_nope.shape
     rank, _, both = kv_b.shape
-    if table is None:
-        table = jnp.arange(len(pages[0]), dtype=jnp.int32).reshape(batch, -1)
+    table = full_table(pages, table, batch)
     length = -(-queries // LANES) * LANES
     more = ((0, 0), (0, length - queries), (0, 0))
     q_nope, q_twice = (

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.multi_head_attention import reference, xla
-from vl2_jax.ops.paging.choice import Implementation, choose
 from vl2_jax.ops.paging.pages import PAGE, HeadPages, pages_a_sequence
 from vl2_jax.ops.paging.xla import write_rows
 

@@ -23,7 +23,6 @@ from vl2_jax.ops.paging.pallas_tpu import (
     SLAB,
     Form,
     Plan,
-    as_rows,
     attend,
     power_of_two,
     product,
@@ -71,24 +70,19 @@ def multi_head_attention(
     plan: Plan | None = None,
 ) -> tuple[Float[Array, "B T H K"], HeadPages]:
     """See `api.multi_head_attention`."""
-    batch, length, heads, width = queries.shape
-    form, rows = _form(heads, width), rows_of(length, heads)
-    new = tuple(rearrange(rows, "b t h k -> b h t k") for rows in (new_keys, new_values))
-    slack = 0 if length == 1 else -length % SLAB
-    out, pages = attend(
-        form,
-        (as_rows(queries, form.heads, rows),),
-        tuple(jnp.pad(rows, ((0, 0), (0, 0), (0, slack), (0, 0))) for rows in new),
+    _, _, heads, width = queries.shape
+    new_keys, new_values = (rearrange(rows, "b t h k -> b h t k") for rows in (new_keys, new_values))
+    return attend(
+        _form(heads, width),
+        (queries,),
+        (new_keys, new_values),
         pages,
         table,
         positions,
-        length=length,
         scale=scale,
         plan=plan or choose_plan(chip_of_mesh(), heads),
         name="multi_head_attention",
     )
-    out = out[:, : length * form.heads].reshape(batch, length, form.heads, width)
-    return out[:, :, :heads], pages
 
 
 def _form(heads: int, width: int) -> Form:

@@ -20,14 +20,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import Chip, chip_of_mesh
-from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax
-from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, block_of_queries, rows_of
-from vl2_jax.ops.paging.pages import PAGE
+from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, block_of_queries
+from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, rows_of
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, full_table
 
 _MIB = 1 << 20
 
 
-def supports(queries: Array, pages: tuple[Array, Array], slots: int, chip: Chip | None = None) -> bool:
+def supports(queries: Array, pages: HeadPages, slots: int, chip: Chip | None = None) -> bool:
     """Whether the kernel can do this: bfloat16, heads of whole lanes, two heads of a sequence in vector memory.
 
     Args:
@@ -42,7 +42,7 @@ def supports(queries: Array, pages: tuple[Array, Array], slots: int, chip: Chip 
 @functools.partial(jax.jit, static_argnames="scale")  # lowered once, however many layers
 def multi_head_prefill(
     queries: Float[Array, "B T H K"],
-    pages: tuple[Float[Array, "N H 128 K"], Float[Array, "N H 128 K"]],
+    pages: HeadPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     scale: float,
@@ -56,8 +56,7 @@ def multi_head_prefill(
       positions: of each sequence's first query, from 0.
     """
     batch, count, heads, width = queries.shape
-    if table is None:
-        table = jnp.arange(len(pages[0]), dtype=jnp.int32).reshape(batch, -1)
+    table = full_table(pages, table, batch)
     length = -(-count // LANES) * LANES
     rows = jnp.pad(queries.reshape(batch, count, -1), ((0, 0), (0, length - count), (0, 0)))
     slots = -(-table.shape[1] * PAGE // KEYS) * KEYS

@@ -78,20 +78,23 @@ class Form(NamedTuple):
 
 def attend(
     form: Form,
-    queries: tuple[Float[Array, "B M ?Q"], ...],
-    new: tuple[Float[Array, "B ..."], ...],
+    queries: tuple[Float[Array, "B T H ?Q"], ...],
+    new: tuple[Float[Array, "B ... T W"], ...],
     pages: Pages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
-    length: int,
     scale: float,
     plan: Plan,
     name: str,
-) -> tuple[Float[Array, "B M V"], Pages]:
-    """Results of all rows of queries, and the pages with `length` new rows of each sequence."""
-    sequences: int = queries[0].shape[0]
-    rows: int = queries[0].shape[1]
+) -> tuple[Float[Array, "B T H V"], Pages]:
+    """Results of all queries, and the pages with the T new rows of each sequence."""
+    shape: tuple[int, ...] = queries[0].shape
+    sequences, length, heads, _ = shape
+    rows: int = rows_of(length, heads)
+    queries = tuple(as_rows(part, form.heads, rows) for part in queries)
+    slack = 0 if length == 1 else -length % SLAB
+    new = tuple(jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, slack), (0, 0)]) for part in new)
     per = pages_a_sequence(pages, table, sequences)
     scalars = (positions,) if table is None else (positions, table.ravel())
     first_page = len(scalars) + len(queries) + len(new)
@@ -126,7 +129,8 @@ def attend(
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=plan.vmem),
         name=name,
     )(*scalars, *queries, *new, *pages)
-    return results[0], type(pages)(*results[1:])
+    out = results[0][:, : length * form.heads].reshape(sequences, length, form.heads, form.result)
+    return out[:, :, :heads], type(pages)(*results[1:])
 
 
 def _vector_buffers(

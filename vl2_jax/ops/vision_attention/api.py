@@ -6,15 +6,13 @@ I tiles, L patches of a tile, W width, H heads of W / H.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.vision_attention import xla
-
-Implementation = Literal["xla", "pallas_tpu"]
 
 
 def vision_attention(
@@ -30,12 +28,10 @@ def vision_attention(
     Returns:
       The heads' mixed values, side by side, in the dtype of `qkv`.
     """
-    if implementation == "xla" or (implementation is None and not _kernel_supports(qkv, heads)):
-        return xla.vision_attention(qkv, heads)
-    if implementation == "pallas_tpu":
-        return _with_gradients(qkv, heads)
+    if implementation is None and not _kernel_supports(qkv, heads):
+        implementation = "xla"
     kernel, plain = partial(_with_gradients, heads=heads), partial(xla.vision_attention, heads=heads)
-    return jax.lax.platform_dependent(qkv, tpu=kernel, default=plain)
+    return choose(implementation, kernel, plain)(qkv)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
