@@ -89,8 +89,9 @@ def attend(
     name: str,
 ) -> tuple[Float[Array, "B T H V"], Pages]:
     """Results of all queries, and the pages with the T new rows of each sequence."""
-    shape: tuple[int, ...] = queries[0].shape
-    sequences, length, heads, _ = shape
+    sequences: int = queries[0].shape[0]
+    length: int = queries[0].shape[1]
+    heads: int = queries[0].shape[2]
     rows: int = rows_of(length, heads)
     queries = tuple(as_rows(part, form.heads, rows) for part in queries)
     slack = 0 if length == 1 else -length % SLAB
