@@ -1,6 +1,8 @@
 """Rules about the source tree itself."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,3 +25,10 @@ def test_imports_run_one_way():
     for folder, pattern in rules.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert not re.search(pattern, path.read_text(), re.MULTILINE), path
+
+
+def test_what_loads_a_model_does_not_import_pallas():
+    """It takes a third of a second, and only programs that may hold a kernel need it."""
+    code = "import sys, vl2_jax.api; print('jax.experimental.pallas' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout == "False\n"

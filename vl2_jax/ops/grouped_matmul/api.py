@@ -8,10 +8,11 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.choice import Implementation
-from vl2_jax.ops.grouped_matmul import pallas_tpu, reference, xla
+from vl2_jax.ops.choice import Implementation, choose
+from vl2_jax.ops.grouped_matmul import reference, xla
 
 
 def grouped_matmul(
@@ -49,13 +50,9 @@ def grouped_transposed_matmul(
     """
     if implementation == "reference":
         return reference.grouped_transposed_matmul(lhs, rhs, group_sizes)
-    if implementation == "pallas_tpu":
-        return pallas_tpu.grouped_transposed_matmul(lhs, rhs, group_sizes)
-    if implementation == "xla" or not pallas_tpu.supports(lhs, lhs.shape[1], rhs.shape[1]):
-        return xla.grouped_transposed_matmul(lhs, rhs, group_sizes)
-    return jax.lax.platform_dependent(
-        lhs, rhs, group_sizes, tpu=pallas_tpu.grouped_transposed_matmul, default=xla.grouped_transposed_matmul
-    )
+    if implementation is None and not _kernels_support(lhs, lhs.shape[1], rhs.shape[1]):
+        implementation = "xla"
+    return choose(implementation, _transposed_kernel, xla.grouped_transposed_matmul)(lhs, rhs, group_sizes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -64,18 +61,13 @@ def _grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, implementation):
 
 
 def _forward(lhs, rhs, group_sizes, transpose_rhs, implementation):
-    kernel = partial(pallas_tpu.grouped_matmul, transpose_rhs=transpose_rhs)
-
     def plain(lhs, rhs, group_sizes):
         module = reference if implementation == "reference" else xla
         return module.grouped_matmul(lhs, rhs.swapaxes(1, 2) if transpose_rhs else rhs, group_sizes)
 
-    if implementation == "pallas_tpu":
-        out = kernel(lhs, rhs, group_sizes)
-    elif implementation is not None or not pallas_tpu.supports(lhs, *rhs.shape[1:]):
-        out = plain(lhs, rhs, group_sizes)
-    else:
-        out = jax.lax.platform_dependent(lhs, rhs, group_sizes, tpu=kernel, default=plain)
+    supported = implementation is not None or _kernels_support(lhs, *rhs.shape[1:])
+    kernel = partial(_kernel, transpose_rhs=transpose_rhs)
+    out = choose(implementation if supported else "xla", kernel, plain)(lhs, rhs, group_sizes)
     return out, (lhs, rhs, group_sizes)
 
 
@@ -88,3 +80,26 @@ def _backward(transpose_rhs, implementation, saved, dout):
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+# Pallas takes a third of a second to import, so it is imported where a kernel may be used.
+
+
+def _kernels_support(lhs, *widths):
+    if lhs.dtype != jnp.bfloat16:
+        return False
+    from vl2_jax.ops.grouped_matmul import pallas_tpu
+
+    return pallas_tpu.supports(lhs, *widths)
+
+
+def _kernel(*arguments, transpose_rhs):
+    from vl2_jax.ops.grouped_matmul import pallas_tpu
+
+    return pallas_tpu.grouped_matmul(*arguments, transpose_rhs=transpose_rhs)
+
+
+def _transposed_kernel(*arguments):
+    from vl2_jax.ops.grouped_matmul import pallas_tpu
+
+    return pallas_tpu.grouped_transposed_matmul(*arguments)
