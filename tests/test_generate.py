@@ -1,13 +1,20 @@
 """Greedy answers equal the released code's, token by token, for every recorded case."""
 
 import functools
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
 import vl2_jax
 from tests.conftest import CASES, CONFIGS, GOLDENS, load_case, with_pictures
-from vl2_jax.inference.generate import Generator
+from vl2_jax.config import read_config
+from vl2_jax.inference.generate import DecodeState, Generator, decode_steps
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.prefill import empty_cache, prefill_chunk
+from vl2_jax.inference.sampling import Sampler
+from vl2_jax.model.vl2 import VL2Model, init_params
 
 INFERENCE_CASES = [(config, case) for config, case in CASES if not case.startswith("train")]
 
@@ -81,3 +88,24 @@ def test_a_stop_string_ends_the_answer_before_it():
     (cut,) = vl2.generate(turns, max_tokens=40, stop=(stop,), on_text=lambda _, text: pieces.append(text))
     assert cut.text == "".join(pieces) == whole.text[: whole.text.find(stop)]
     assert cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("config", ["nano-tiny", "nano-small"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_long_cache_is_updated_where_it_lies(config, dtype, batch):
+    """A chunk and a decode step need little memory beside a cache of 256 Ki slots: nothing copies it."""
+    config = read_config(GOLDENS / config)
+    model = VL2Model(config, dtype, dtype)
+    params = jax.eval_shape(partial(init_params, config, param_dtype=dtype), jax.random.key(0))
+    cache = jax.eval_shape(partial(empty_cache, model, batch, 1 << 18))
+    size, vocabulary = config.language_config.hidden_size, config.language_config.vocab_size
+    ids, numbers = np.zeros((batch, 64), np.int32), np.zeros(batch, np.int32)
+    table, hidden = np.zeros((32, config.tokens_per_tile, size), dtype), np.zeros((batch, size), dtype)
+    chunk = prefill_chunk.lower(model, params, ids, ids, table, cache, hidden, np.int32(0), numbers)
+    state = DecodeState(cache, numbers, numbers, numbers, numbers > 0, np.zeros((batch, vocabulary), bool))
+    sampler = Sampler.of(SamplingOptions(), vocabulary, batch)
+    steps = decode_steps.lower(model, params, state, numbers > 0, np.int32(1), sampler, numbers, True)
+    one_array = cache[0][1].size * cache[0][1].dtype.itemsize
+    for program in (chunk, steps):
+        assert program.compile().memory_analysis().temp_size_in_bytes < one_array

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vl2_jax.ops.paging.pages import PAGE, full_table
+from vl2_jax.ops.paging.pages import PAGE, flat
 
 UNSEEN = 3e4  # finite, as a slot's old rows are; any weight that it is given shows
 
@@ -17,17 +17,24 @@ def pages_for(kind, widths, key, positions, per, shuffled, dtype):
     table = jnp.asarray(order, jnp.int32) if shuffled else None
     rows = [jax.random.normal(key, (*lead, count * PAGE, width), dtype) for *lead, width in widths]
     seen = np.zeros((count, PAGE), bool)
-    for numbers, position in zip(np.asarray(full_table(kind.of_rows(*rows), table, batch)), positions):
+    for numbers, position in zip(_numbers(table, batch, per), positions):
         for slot in range(position):
             seen[numbers[slot // PAGE], slot % PAGE] = True
     pages = kind.of_rows(*(jnp.where(seen.reshape(-1, 1), each, UNSEEN).astype(dtype) for each in rows))
+    if not shuffled:
+        pages = contiguous(pages, batch)
     return pages, table, jnp.asarray(positions, jnp.int32)
+
+
+def contiguous(pages, batch):
+    return type(pages)(*(array.reshape(batch, -1, *array.shape[1:]) for array in pages))
 
 
 def assert_only_new_rows_differ(before, after, table, positions, length, new):
     """Every number of the pages is as it was, but the new rows, which are as given."""
-    expected = [np.array(rows) for rows in before.rows()]
-    table = np.asarray(full_table(before, table, len(positions)))
+    expected = [np.array(rows) for rows in flat(before, table).rows()]
+    after = flat(after, table)
+    table = _numbers(table, len(positions), before[0].shape[1])
     for sequence, position in enumerate(np.asarray(positions)):
         for t in range(length if position >= 0 else 0):
             slot = int(position) + t
@@ -36,3 +43,7 @@ def assert_only_new_rows_differ(before, after, table, positions, length, new):
                 rows[..., at, :] = given[sequence, ..., t, :]
     for rows, want in zip(after.rows(), expected):
         np.testing.assert_array_equal(np.asarray(rows), want)
+
+
+def _numbers(table, batch, per):
+    return np.arange(batch * per).reshape(batch, per) if table is None else np.asarray(table)

@@ -81,10 +81,12 @@ def test_rows_are_read_as_they_were_written(shuffled):
         np.testing.assert_array_equal(read, written[:, PAGE : 3 * PAGE])
 
 
-def test_pages_that_do_not_divide_among_sequences_are_refused():
+def test_pages_and_tables_of_other_sequences_are_refused():
     *new, pages, _, positions = problem(4, [0, 0], 1, 2, False)
-    with pytest.raises(ValueError, match="3 pages are not as many for each of 2 sequences"):
-        latent_attention(*new, LatentPages(*(a[:3] for a in pages)), None, positions, scale=SCALE)
+    with pytest.raises(ValueError, match=r"pages \(1, 2, .*\) without a table for 2 sequences"):
+        latent_attention(*new, LatentPages(*(a[:1] for a in pages)), None, positions, scale=SCALE)
+    with pytest.raises(ValueError, match="a table of 3 rows for 2 sequences"):
+        latent_attention(*new, pages, jnp.zeros((3, 2), jnp.int32), positions, scale=SCALE)
 
 
 @settings(max_examples=8, deadline=None)

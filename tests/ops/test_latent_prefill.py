@@ -7,7 +7,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.ops.interpreted import interpreted
+from tests.ops.paged import contiguous
 from vl2_jax.ops.latent_attention.prefill import latent_prefill
+from vl2_jax.ops.paging.pages import LatentPages
 
 SCALE = 0.07
 HEADS, RANK, ROPE = 2, 128, 64
@@ -34,7 +36,7 @@ def problem(queries, slots, positions, order=None):
     for page, rows in zip(pages, holes):
         page[table] = rows.reshape(-1, 128, rows.shape[-1])
     beside = pages[1].reshape(-1, 2, 64, ROPE).swapaxes(1, 2).reshape(-1, 64, 2 * ROPE)
-    pages = tuple(jnp.asarray(a, jnp.bfloat16) for a in (pages[0], beside))
+    pages = LatentPages(*(jnp.asarray(a, jnp.bfloat16) for a in (pages[0], beside)))
     return narrow, pages, jnp.asarray(table.reshape(batch, per)), jnp.asarray(positions, jnp.int32)
 
 
@@ -57,7 +59,7 @@ def expected_of(q_nope, q_rotated, kv_b, latents, rotated, positions):
 )
 def test_the_kernel_equals_attention_to_expanded_rows(queries, slots, positions):
     narrow, pages, _, first = problem(queries, slots, positions)
-    ours = interpreted(latent_prefill, *narrow[:3], pages, None, first, scale=SCALE)
+    ours = interpreted(latent_prefill, *narrow[:3], contiguous(pages, len(positions)), None, first, scale=SCALE)
     expected = np.asarray(expected_of(*narrow, first))
     assert np.abs(np.asarray(ours, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
 
@@ -68,7 +70,7 @@ def test_pages_lie_in_any_order():
     narrow, pages, table, first = problem(200, slots, positions, order)
     ours = interpreted(latent_prefill, *narrow[:3], pages, table, first, scale=SCALE)
     in_order, pages, _, _ = problem(200, slots, positions)
-    plain = interpreted(latent_prefill, *in_order[:3], pages, None, first, scale=SCALE)
+    plain = interpreted(latent_prefill, *in_order[:3], contiguous(pages, 2), None, first, scale=SCALE)
     np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(plain, np.float32))
 
 

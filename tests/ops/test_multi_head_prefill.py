@@ -7,7 +7,9 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.ops.interpreted import interpreted
+from tests.ops.paged import contiguous
 from vl2_jax.ops.multi_head_attention.prefill import multi_head_prefill
+from vl2_jax.ops.paging.pages import HeadPages
 
 SCALE, HEADS, WIDTH = 0.09, 2, 128
 
@@ -26,7 +28,7 @@ def problem(queries, slots, positions, order=None):
         page = np.empty((len(table), HEADS, 128, WIDTH))
         page[table] = holes.reshape(-1, 128, HEADS, WIDTH).swapaxes(1, 2)
         pages.append(jnp.asarray(page, jnp.bfloat16))
-    return rows, tuple(pages), jnp.asarray(table.reshape(batch, -1)), jnp.asarray(positions, jnp.int32)
+    return rows, HeadPages(*pages), jnp.asarray(table.reshape(batch, -1)), jnp.asarray(positions, jnp.int32)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,9 @@ def problem(queries, slots, positions, order=None):
 def test_the_kernel_equals_plain_attention(queries, slots, positions, shuffled):
     order = np.random.default_rng(0).permutation(len(positions) * slots // 128).astype(np.int32) if shuffled else None
     rows, pages, table, first = problem(queries, slots, positions, order)
-    ours = interpreted(multi_head_prefill, rows[0], pages, table if shuffled else None, first, scale=SCALE)
+    if not shuffled:
+        pages, table = contiguous(pages, len(positions)), None
+    ours = interpreted(multi_head_prefill, rows[0], pages, table, first, scale=SCALE)
     q, k, v = (a.astype(jnp.float32) for a in rows)
     scores = jnp.einsum("bthk,bshk->bhts", q, k) * SCALE
     seen = jnp.arange(slots) <= (first[:, None] + jnp.arange(queries))[:, None, :, None]

@@ -59,7 +59,8 @@ def expert_shapes(size: str, tokens: int) -> list[jax.ShapeDtypeStruct]:
 def latent_shapes(size: str, batch: int, context: int, length: int = 1, paged: bool = False) -> list[Any]:
     """Arguments of `latent_attention` in one layer; `paged` gives a table."""
     shape, bf16, heads, per = jax.ShapeDtypeStruct, jax.numpy.bfloat16, LATENT_HEADS[size], context // PAGE
-    pages = LatentPages(shape((batch * per, PAGE, 512), bf16), shape((batch * per, PAGE // 2, 128), bf16))
+    lead = (batch * per,) if paged else (batch, per)
+    pages = LatentPages(shape((*lead, PAGE, 512), bf16), shape((*lead, PAGE // 2, 128), bf16))
     queries = [shape((batch, length, heads, width), bf16) for width in (512, 64)]
     new = [shape((batch, length, width), bf16) for width in (512, 64)]
     return [*queries, *new, pages, *_placement(batch, per, paged)]
@@ -68,7 +69,8 @@ def latent_shapes(size: str, batch: int, context: int, length: int = 1, paged: b
 def multi_head_shapes(batch: int, context: int, length: int = 1, paged: bool = False) -> list[Any]:
     """Arguments of `multi_head_attention` in one layer of Tiny."""
     shape, bf16, per = jax.ShapeDtypeStruct, jax.numpy.bfloat16, context // PAGE
-    pages = HeadPages(*[shape((batch * per, 10, PAGE, 128), bf16)] * 2)
+    lead = (batch * per,) if paged else (batch, per)
+    pages = HeadPages(*[shape((*lead, 10, PAGE, 128), bf16)] * 2)
     return [*[shape((batch, length, 10, 128), bf16)] * 3, pages, *_placement(batch, per, paged)]
 
 

@@ -156,7 +156,7 @@ def test_a_chunk_over_latent_pages_compiles(target, size, queries):
     assert supports(q_nope, q_rotated, kv_b, pages, 4096, CHIPS[one_chip(target).devices.flat[0].device_kind])
 
     def attended(q_nope, q_rotated, kv_b, latents, rotated, table, positions):
-        return latent_prefill(q_nope, q_rotated, kv_b, (latents, rotated), table, positions, 0.1)
+        return latent_prefill(q_nope, q_rotated, kv_b, LatentPages(latents, rotated), table, positions, 0.1)
 
     numbers = (shape((1, 32), jax.numpy.int32), shape((1,), jax.numpy.int32))
     assert "tpu_custom_call" in compile_for(target, attended, q_nope, q_rotated, kv_b, *pages, *numbers).as_text()

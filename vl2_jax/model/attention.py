@@ -211,9 +211,8 @@ def over_pages(
 
     def of_own(*arrays: Array) -> tuple[Array, ...]:
         *rows, first, second, begins = arrays
-        pages = type(cache)(*(array.reshape(-1, *array.shape[2:]) for array in (first, second)))
-        out, pages = attention(*rows, pages=pages, table=None, positions=begins)
-        return out, *(new.reshape(old.shape) for new, old in zip(pages, (first, second)))
+        out, pages = attention(*rows, pages=type(cache)(first, second), table=None, positions=begins)
+        return out, *pages
 
     axes_of_cache = [cache_axes(array.ndim) for array in cache]
     axes = [*(names for _, names in arrays), *axes_of_cache, ("batch",)]

@@ -40,7 +40,7 @@ def latent_attention(
       new_rotated: their rotated keys.
       pages: donate them: they are updated in place.
       table: the page of every 128 slots of each sequence. What it says past the page of the last new row is not used.
-        `None` is a contiguous cache: sequence b has the N / B pages from b * N / B on.
+        `None` is a contiguous cache: its arrays are `[B, n, ...]`.
       positions: of the first new row of each sequence. Where it is negative, nothing is written and the result is 0.
       implementation: "pallas_tpu" is the kernel, "xla" a loop over blocks, "reference" one softmax, for tests. `None`
         is the kernel where the program is compiled for a TPU and the kernel takes the dtype and the shape
@@ -50,7 +50,7 @@ def latent_attention(
       `[B, T, H, R]` in the dtype of `q_latent`, to be multiplied with the value projection, and the pages.
 
     Raises:
-      ValueError: without a table, the pages are not as many for each sequence.
+      ValueError: the pages, or the table, are of other sequences.
     """
     arguments = (q_latent, q_rotated, new_latents, new_rotated, pages, table, positions)
     if implementation == "reference":

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.chips import Chip, chip_of_mesh
 from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, block_of_queries, dot
 from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, rows_of
-from vl2_jax.ops.paging.pages import PAGE, LatentPages, full_table
+from vl2_jax.ops.paging.pages import PAGE, LatentPages, flat, full_table
 
 _MIB = 1 << 20
 
@@ -68,12 +68,12 @@ def latent_prefill(
       kv_b: the projection from latents to each head's keys (first) and values.
       pages: latents, and rotated parts, row i of a page beside row i + 64.
       table: the page of every 128 slots of each sequence; what stands past a sequence's last query is not used. `None`
-        is a contiguous cache: sequence b has the N / B pages from b * N / B on.
+        is a contiguous cache, `[B, n, ...]`.
       positions: of each sequence's first query, from 0.
     """
     batch, queries, heads, nope = q_nope.shape
     rank, _, both = kv_b.shape
-    table = full_table(pages, table, batch)
+    table, pages = full_table(pages, table, batch), flat(pages, table)
     length = -(-queries // LANES) * LANES
     more = ((0, 0), (0, length - queries), (0, 0))
     q_nope, q_twice = (

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.chips import Chip, chip_of_mesh
 from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, block_of_queries
 from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, rows_of
-from vl2_jax.ops.paging.pages import PAGE, HeadPages, full_table
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, flat, full_table
 
 _MIB = 1 << 20
 
@@ -52,11 +52,11 @@ def multi_head_prefill(
     Args:
       pages: keys and values.
       table: the page of every 128 slots of each sequence; what stands past a sequence's last query is not used. `None`
-        is a contiguous cache: sequence b has the N / B pages from b * N / B on.
+        is a contiguous cache, `[B, n, ...]`.
       positions: of each sequence's first query, from 0.
     """
     batch, count, heads, width = queries.shape
-    table = full_table(pages, table, batch)
+    table, pages = full_table(pages, table, batch), flat(pages, table)
     length = -(-count // LANES) * LANES
     rows = jnp.pad(queries.reshape(batch, count, -1), ((0, 0), (0, length - count), (0, 0)))
     slots = -(-table.shape[1] * PAGE // KEYS) * KEYS

@@ -1,7 +1,8 @@
 """A cache in pages of 128 rows, and where in a page a row lies.
 
 B sequences, N pages, H heads, K head width, R latent rank, P rotated width. Sequence b holds its position p in row
-p % 128 of page `table[b, p // 128]`. A contiguous cache is the table `b * per + j`, which `None` stands for.
+p % 128 of page `table[b, p // 128]`. A contiguous cache has no table: its arrays have an axis of sequences before that
+of pages, `[B, n, ...]`, and page j of sequence b is `[b, j]`.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ class LatentPages(NamedTuple):
             rearrange(rotated, "... (n half i) p -> ... n i (half p)", half=2, i=HALF),
         )
 
-    def begin_of(self, page: Array, row: Array) -> tuple[tuple[Array | int, ...], ...]:
-        """Indices of the first number of a row in each array."""
+    def begin_of(self, row: Array) -> tuple[tuple[Array | int, ...], ...]:
+        """Indices of the first number of a row in a page of each array."""
         width = self.rotated.shape[-1] // 2
-        return (page, row, 0), (page, row % HALF, row // HALF * width)
+        return (row, 0), (row % HALF, row // HALF * width)
 
 
 class HeadPages(NamedTuple):
@@ -66,28 +67,44 @@ class HeadPages(NamedTuple):
         """Rows as pages."""
         return HeadPages(*(rearrange(rows, "... h (n s) k -> ... n h s k", s=PAGE) for rows in (keys, values)))
 
-    def begin_of(self, page: Array, row: Array) -> tuple[tuple[Array | int, ...], ...]:
-        """Indices of the first number of a row in each array."""
-        return ((page, 0, row, 0),) * 2
+    def begin_of(self, row: Array) -> tuple[tuple[Array | int, ...], ...]:
+        """Indices of the first number of a row in a page of each array."""
+        return ((0, row, 0),) * 2
 
 
 Pages = TypeVar("Pages", LatentPages, HeadPages)
 
 
+def shapes_of_page(pages: LatentPages | HeadPages) -> list[tuple[int, ...]]:
+    """Shape of one page in each array."""
+    rank = 3 if isinstance(pages, HeadPages) else 2
+    return [array.shape[-rank:] for array in pages]
+
+
 def pages_a_sequence(pages: LatentPages | HeadPages, table: Int[Array, "B per"] | None, sequences: int) -> int:
-    """How many pages a sequence may have."""
-    if table is not None:
-        return table.shape[1]
-    count = pages[0].shape[0]
-    if count % sequences:
-        raise ValueError(f"{count} pages are not as many for each of {sequences} sequences; give a table.")
-    return count // sequences
+    """How many pages a sequence may have.
+
+    Raises:
+      ValueError: the pages, or the table, are of other sequences.
+    """
+    given = pages[0] if table is None else table
+    if given.shape[0] != sequences:
+        what = f"pages {pages[0].shape} without a table" if table is None else f"a table of {table.shape[0]} rows"
+        raise ValueError(
+            f"{what} for {sequences} sequences; a contiguous cache is [B, n, ...], other pages have a table."
+        )
+    return given.shape[1]
+
+
+def flat(pages: Pages, table: Int[Array, "B per"] | None) -> Pages:
+    """Pages without an axis of sequences."""
+    return pages if table is not None else type(pages)(*(array.reshape(-1, *array.shape[2:]) for array in pages))
 
 
 def full_table(
     pages: LatentPages | HeadPages, table: Int[Array, "B per"] | None, sequences: int
 ) -> Int[Array, "B per"]:
-    """The table, written out if it is that of a contiguous cache."""
+    """The table, written out for pages that were a contiguous cache and are `flat` now."""
     if table is not None:
         return table
     per = pages_a_sequence(pages, None, sequences)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages, Pages, pages_a_sequence
+from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages, Pages, flat, pages_a_sequence, shapes_of_page
 
 LANES = 128
 SLAB = 16  # rows of bfloat16 that are one tile of memory: less cannot be written
@@ -96,7 +96,8 @@ def attend(
     queries = tuple(as_rows(part, form.heads, rows) for part in queries)
     slack = 0 if length == 1 else -length % SLAB
     new = tuple(jnp.pad(part, [(0, 0)] * (part.ndim - 2) + [(0, slack), (0, 0)]) for part in new)
-    per = pages_a_sequence(pages, table, sequences)
+    per, given = pages_a_sequence(pages, table, sequences), pages
+    pages = flat(pages, table)
     scalars = (positions,) if table is None else (positions, table.ravel())
     first_page = len(scalars) + len(queries) + len(new)
     scalar, hbm = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pltpu.HBM))
@@ -131,16 +132,17 @@ def attend(
         name=name,
     )(*scalars, *queries, *new, *pages)
     out = results[0][:, : length * form.heads].reshape(sequences, length, form.heads, form.result)
-    return out[:, :, :heads], type(pages)(*results[1:])
+    return out[:, :, :heads], type(pages)(*(new.reshape(old.shape) for new, old in zip(results[1:], given)))
 
 
 def _vector_buffers(
     form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan
 ) -> list[tuple[tuple[int, ...], Any]]:
     """(shape, dtype) of all scratch in vector memory, in the order of `_kernel`'s parameters."""
-    slabs = [(sequences, *array.shape[1:-2], SLAB, array.shape[-1]) for array in pages]
+    shapes = shapes_of_page(pages)
+    slabs = [(sequences, *shape[:-2], SLAB, shape[-1]) for shape in shapes]
     return [
-        *(((plan.blocks, plan.pages, *array.shape[1:]), array.dtype) for array in pages),  # blocks
+        *(((plan.blocks, plan.pages, *shape), array.dtype) for shape, array in zip(shapes, pages)),  # blocks
         *((slab, array.dtype) for slab, array in zip(slabs, pages)),  # new rows, leaving
         ((rows, plan.pages * PAGE), jnp.float32),  # scores of the next block
         ((rows, LANES), jnp.float32),  # the largest of the sequence

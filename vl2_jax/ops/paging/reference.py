@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vl2_jax.ops.paging.pages import PAGE, Pages, full_table
+from vl2_jax.ops.paging.pages import PAGE, Pages, flat, full_table
 
 
 def put_rows(
@@ -14,7 +14,7 @@ def put_rows(
     positions: Int[Array, " B"],
 ) -> tuple[Pages, tuple[Float[Array, "B ... S W"], Float[Array, "B ... S W"]]]:
     """The pages with the new rows, and the rows of all slots of each sequence."""
-    table = full_table(pages, table, positions.shape[0])
+    given, table, pages = pages, full_table(pages, table, positions.shape[0]), flat(pages, table)
     rows = type(pages)(*(array[table] for array in pages)).rows()
     slot = jnp.arange(table.shape[1] * PAGE)
     which = slot - positions[:, None]  # of the new rows belongs in a slot
@@ -28,7 +28,8 @@ def put_rows(
     rows = put(rows[0], new[0]), put(rows[1], new[1])
     touched = written.reshape(*table.shape, PAGE).any(axis=-1)
     at = jnp.where(touched, table, pages[0].shape[0])  # past the end: dropped
-    return type(pages)(*(a.at[at].set(b, mode="drop") for a, b in zip(pages, type(pages).of_rows(*rows)))), rows
+    put_back = (a.at[at].set(b, mode="drop") for a, b in zip(pages, type(pages).of_rows(*rows)))
+    return type(pages)(*(new.reshape(old.shape) for new, old in zip(put_back, given))), rows
 
 
 def attended(positions: Int[Array, " B"], shape: tuple[int, ...]) -> Bool[Array, "B 1 T S"]:

@@ -34,23 +34,43 @@ def write_rows(
     A loop over the sequences: for a scatter, XLA copies the whole cache. One row is one update. More rows may begin
     anywhere in a page: the pages that they can touch are read, and those that they do touch are written back.
     """
+    new = tuple(rows.astype(array.dtype) for rows, array in zip(new, pages))
+    if pages[0].dtype.itemsize != 2:
+        return _write(pages, new, table, positions)
+    return jax.lax.platform_dependent(pages, new, table, positions, cpu=_write_narrow, default=_write)
+
+
+def _write_narrow(pages: Pages, new: tuple[Array, ...], table: Array | None, positions: Array) -> Pages:
+    """As whole numbers: of narrow floats, XLA:CPU would keep all pages as float32 in a loop that writes some."""
+    dtype = pages[0].dtype
+    bits = _write(type(pages)(*_as(jnp.uint16, pages)), _as(jnp.uint16, new), table, positions)
+    return type(pages)(*_as(dtype, bits))
+
+
+def _as(dtype: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(jax.lax.bitcast_convert_type(array, dtype) for array in arrays)
+
+
+def _write(pages: Pages, new: tuple[Array, ...], table: Array | None, positions: Array) -> Pages:
     sequences, length = positions.shape[0], new[0].shape[-2]
     per = pages_a_sequence(pages, table, sequences)
-    new = tuple(rows.astype(array.dtype) for rows, array in zip(new, pages))
     many = min(per, (length + PAGE - 2) // PAGE + 1)  # that rows from anywhere can touch
 
-    def page_of(sequence: Array, number: Array) -> Array:
-        return sequence * per + number if table is None else table[sequence, number]
+    def page_of(sequence: Array, number: Array) -> tuple[Array, ...]:
+        return (sequence, number) if table is None else (table[sequence, number],)
 
     def write_one(sequence: Array, pages: Pages) -> Pages:
         position = jnp.maximum(positions[sequence], 0)
-        begins = pages.begin_of(page_of(sequence, position // PAGE), position % PAGE)
-        written = []
-        for array, rows, begin in zip(pages, new, begins):
-            row = jax.lax.dynamic_slice_in_dim(rows, sequence, 1)
-            old = jax.lax.dynamic_slice(array, begin, row.shape)
-            written.append(jax.lax.dynamic_update_slice(array, jnp.where(positions[sequence] < 0, old, row), begin))
-        return type(pages)(*written)
+        begins = pages.begin_of(position % PAGE)
+
+        def put(array: Array, rows: Array, begin: tuple[Array | int, ...]) -> Array:
+            page: tuple[Array, ...] = page_of(sequence, position // PAGE)
+            row = rows[sequence].reshape(*[1] * len(page), *rows.shape[1:])
+            old = jax.lax.dynamic_slice(array, (*page, *begin), row.shape)
+            row = jnp.where(positions[sequence] < 0, old, row)
+            return jax.lax.dynamic_update_slice(array, row, (*page, *begin))
+
+        return type(pages)(*map(put, pages, new, begins))
 
     def write_many(sequence: Array, pages: Pages) -> Pages:
         position = jnp.maximum(positions[sequence], 0)
@@ -64,18 +84,19 @@ def write_rows(
         window = type(pages).of_rows(*filled)
 
         def write_page(i: Array, pages: Pages) -> Pages:
-            number = page_of(sequence, first + i)
-            return type(pages)(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(array, _page(part, i), number, 0)
-                    for array, part in zip(pages, window)
-                )
-            )
+            def put(array: Array, window: Array) -> Array:
+                page: tuple[Array, ...] = page_of(sequence, first + i)
+                new = window[i].reshape(*[1] * len(page), *window.shape[1:])
+                return jax.lax.dynamic_update_slice(array, new, (*page, *[0] * (array.ndim - len(page))))
+
+            return type(pages)(*map(put, pages, window))
 
         end = jnp.where(positions[sequence] < 0, 0, (position + length - 1) // PAGE + 1 - first)
         return jax.lax.fori_loop(position // PAGE - first, end, write_page, pages)
 
-    return jax.lax.fori_loop(0, sequences, write_one if length == 1 else write_many, pages)
+    # Their number is a value, so that the loop stays one where there is one sequence: XLA:CPU would copy the pages.
+    busy = jnp.where(positions < 0, 0, jnp.arange(1, sequences + 1)).max()
+    return jax.lax.fori_loop(0, busy, write_one if length == 1 else write_many, pages)
 
 
 def read_pages(
@@ -87,17 +108,14 @@ def read_pages(
     only: Array | None = None,
 ) -> Pages:
     """`count` pages of every sequence, or of only one, from its page `first` on: arrays `[B or 1, count, ...]`."""
-    per = pages_a_sequence(pages, table, sequences)
     begin = jnp.asarray(0 if only is None else only), jnp.asarray(first)
-    read = _Read(sequences, per, table, begin, (sequences if only is None else 1, count))
+    read = _Read(table, begin, (sequences if only is None else 1, count))
     return type(pages)(*map(read.of, pages))
 
 
 class _Read(NamedTuple):
     """Pages to take out of an array."""
 
-    sequences: int
-    per: int
     table: Array | None
     begin: tuple[Array, Array]
     counts: tuple[int, int]
@@ -105,14 +123,13 @@ class _Read(NamedTuple):
     def of(self, array: Array) -> Array:
         if array.dtype.itemsize != 2:
             return self._take(array)
-        # XLA:CPU would widen all pages to float32 ahead of a loop that reads some of them.
+        # As in `_write_narrow`.
         return jax.lax.platform_dependent(array, cpu=self._take_narrow, default=self._take)
 
     def _take(self, array: Array) -> Array:
         if self.table is not None:
             return array.at[jax.lax.dynamic_slice(self.table, self.begin, self.counts)].get(mode="clip")
-        each = array.reshape(self.sequences, self.per, *array.shape[1:])
-        return jax.lax.dynamic_slice(each, (*self.begin, *[0] * (array.ndim - 1)), (*self.counts, *array.shape[1:]))
+        return jax.lax.dynamic_slice(array, (*self.begin, *[0] * (array.ndim - 2)), (*self.counts, *array.shape[2:]))
 
     def _take_narrow(self, array: Array) -> Array:
         bits = self._take(jax.lax.bitcast_convert_type(array, jnp.uint16))
@@ -215,5 +232,7 @@ def attend_to_filled(
     return jax.lax.map(of_sequence, jnp.arange(batch))
 
 
-def _page(pages: Array, number: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(pages, number, 1)
+def _page(pages: Array, number: tuple[Array, ...]) -> Array:
+    """One page, `[1, ...]`."""
+    shape = pages.shape[len(number) :]
+    return jax.lax.dynamic_slice(pages, [*number, *[0] * len(shape)], (*[1] * len(number), *shape)).reshape(1, *shape)
