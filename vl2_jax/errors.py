@@ -67,3 +67,15 @@ class VerificationError(VL2Error):
 
 class MeshError(VL2Error):
     """A mesh that does not fit the devices or the model, or processes that do not find each other."""
+
+
+class OverloadedError(VL2Error):
+    """So many requests wait already that one more is refused; `retry_after` seconds are likely to be enough."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(VL2Error):
+    """An engine that takes nothing on any more."""
