@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import GOLDENS
 from vl2_jax.errors import RequestError
 from vl2_jax.inference.options import SamplingOptions
-from vl2_jax.inference.sampling import Sampler, choose, keep_likeliest, penalise_repetition
+from vl2_jax.inference.sampling import Sampler, choose, keep_likeliest, penalise_repetition, with_extras
 
 
 def test_filters_equal_the_recorded_ones():
@@ -81,7 +81,7 @@ def test_rows_of_a_batch_may_differ_in_every_option():
         for number, (temperature, top_p, top_k, penalty) in enumerate(differing)
     ]
     samplers = [Sampler.of(options, 64, 1) for options in one]
-    together = Sampler(*(np.concatenate(parts) for parts in zip(*samplers)))
+    together = Sampler.of_each(one, 64, 1)
     seen = jnp.asarray(np.random.default_rng(1).random((4, 64)) < 0.3)
     step = jnp.arange(4)
     found = choosing(jnp.asarray(logits), together, seen, step, False)[0]
@@ -89,6 +89,33 @@ def test_rows_of_a_batch_may_differ_in_every_option():
         part = slice(row, row + 1)
         alone = choosing(jnp.asarray(logits[part]), sampler, seen[part], step[part], options.is_greedy)[0]
         assert found[row] == alone[0]
+
+
+def test_extras_change_logits_as_they_say():
+    logits = np.asarray(logits_of("spread", 1, 64), np.float32)
+    options = SamplingOptions(
+        presence_penalty=0.5, frequency_penalty=-0.25, logit_bias={3: 7.0, 9: -100, 10**6: 5}, min_tokens=4,
+        stop_token_ids=[11],
+    )  # fmt: skip
+    extras = Sampler.of_each([options], 64, 1, eos=2).extras
+    counts = np.zeros((1, 64), np.int32)
+    counts[0, [3, 5]] = 1, 4
+    expected = logits.copy()
+    expected[0, [3, 5, 9]] += 7 - 0.5 + 0.25, -0.5 + 1, -100
+    np.testing.assert_allclose(with_extras(logits, extras, counts, np.asarray([4])), expected, rtol=1e-6)
+    expected[0, [2, 11]] = -np.inf
+    np.testing.assert_allclose(with_extras(logits, extras, counts, np.asarray([3])), expected, rtol=1e-6)
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
+    logits = jnp.log(jnp.asarray([[0.4, 0.3, 0.1, 0.1, 0.06, 0.04]]))
+    options = [
+        SamplingOptions(temperature=1, top_p=1, top_k=0, min_p=0.2, repetition_penalty=1, seed=s) for s in range(200)
+    ]
+    rows = jnp.tile(logits, (200, 1))
+    counts, step = jnp.zeros(rows.shape, jnp.int32), jnp.zeros(200, jnp.int32)
+    found = choosing(rows, Sampler.of_each(options, 6, 1), rows > 0, step, False, counts)[0]
+    assert set(np.asarray(found).tolist()) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +133,9 @@ def test_one_string_is_one_stop_string_and_none_is_none(stop, stops):
         {"temperature": 10**400}, {"temperature": "warm"}, {"temperature": 1j},
         {"top_p": 0}, {"top_p": 1.5}, {"top_p": None}, {"top_p": float("nan")}, {"top_p": 1e-50},
         {"top_k": -1}, {"top_k": 0.5}, {"top_k": None},
+        {"presence_penalty": 2.1}, {"frequency_penalty": None}, {"min_p": 1.1}, {"min_tokens": 513}, {"min_tokens": -1},
+        {"logit_bias": {1: 101}}, {"logit_bias": {"a": 1}}, {"logit_bias": {-1: 1}}, {"logit_bias": [1]},
+        {"stop_token_ids": [-1]}, {"stop_token_ids": "1"}, {"stop_token_ids": [1] * 9}, {"stop_token_ids": 7},
         {"repetition_penalty": 0}, {"repetition_penalty": -1}, {"repetition_penalty": float("inf")},
         {"repetition_penalty": 1e-39}, {"repetition_penalty": "no"},
         {"seed": 2**63}, {"seed": -(2**63) - 1}, {"seed": 1.5}, {"seed": "one"}, {"seed": [1, None]}, {"seed": True},

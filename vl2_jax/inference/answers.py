@@ -56,7 +56,7 @@ class AnswerWriter:
         self.limit = limit
         self.finish_reason = ""
         self._stream: AnswerStream = tokenizer.stream()
-        self._eos = -1 if options.ignore_eos else tokenizer.eos_id
+        self._ends = {*options.stop_token_ids, *(() if options.ignore_eos else (tokenizer.eos_id,))}
         self._stop = options.stops
         self._unsent = ""
         self._closed = False
@@ -73,7 +73,7 @@ class AnswerWriter:
         self.ids.append(id_)
         self.logprobs.append(logprob)
         self._unsent += self._stream.push(id_)
-        if id_ == self._eos or self._cut_at_stop():
+        if id_ in self._ends or self._cut_at_stop():
             self.finish_reason = "stop"
         elif len(self.ids) == self.limit:
             self.finish_reason = "length"

@@ -28,7 +28,7 @@ from vl2_jax.errors import ContextLengthError, RequestError
 from vl2_jax.inference.answers import Answer, AnswerWriter, Timings
 from vl2_jax.inference.chunks import Chunking, chunking
 from vl2_jax.inference.options import SamplingOptions
-from vl2_jax.inference.prefill import Memory, compile_prefill, each_replaced, matmul_precision, prefill, repeat
+from vl2_jax.inference.prefill import Memory, compile_prefill, matmul_precision, prefill, repeat
 from vl2_jax.inference.sampling import Sampler, choose
 from vl2_jax.inference.turns import DEVICES
 from vl2_jax.model.decoder import Cache
@@ -51,6 +51,7 @@ class DecodeState(NamedTuple):
     step: Int[Array, " B"]
     done: Bool[Array, " B"]
     seen: Bool[Array, "B V"]
+    counts: Int[Array, "B V"] | None = None  # of ids in the answers, where the sampler has extras
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,11 @@ class Generator:
         limits = [self._room_for(prompt, own.max_tokens) for prompt, own in zip(prompts, each) for _ in range(n)]
         pictures = [picture_at(prompt, boxes_on) for prompt in prompts]
         vocabulary = self.model.config.language_config.vocab_size
+        eos = self.tokenizer.eos_id
         if isinstance(options, SamplingOptions):
-            sampler = Sampler.of(options, vocabulary, len(limits))
+            sampler = Sampler.of_each([options], vocabulary, len(limits), eos)
         else:
-            sampler = Sampler.of_each(each, vocabulary, n)
+            sampler = Sampler.of_each(each, vocabulary, n, eos)
         writers = [AnswerWriter(self.tokenizer, each[row // n], limit) for row, limit in enumerate(limits)]
         timings = Timings(tiles=sum(len(p.tiles) for p in prompts), prompt_tokens=sum(map(len, prompts)))
         run = self._run(prompts, sampler, each, writers, memory, timings, report)
@@ -196,7 +198,7 @@ class Generator:
         with DEVICES, on_devices():
             hidden, cache = self.prefill(prompts, capacity, memory, timings, report)
             if n > 1:
-                hidden, cache = repeat(self.model, hidden, n), each_replaced(cache, partial(repeat, self.model, n=n))
+                hidden, cache = repeat(self.model, hidden, cache, n)
             begun = time.perf_counter()
             state, token, logprob = _first_token(self.model, self.params, hidden, lengths, seen, sampler, eos, greedy)
             state = state._replace(cache=cache)
@@ -268,8 +270,9 @@ def _first_token(
     with matmul_precision(model.dtype):
         logits = apply(model, params, hidden, method="logits")
     step = jnp.zeros_like(lengths)
-    token, logprob = choose(logits, sampler, seen, step, greedy)
-    state = DecodeState((), token, lengths, step + 1, token == eos, _with_token(seen, token))
+    counts = None if sampler.extras is None else jnp.zeros(logits.shape, jnp.int32)
+    token, logprob = choose(logits, sampler, seen, step, greedy, counts)
+    state = DecodeState((), token, lengths, step + 1, token == eos, with_token(seen, token), counted(counts, token))
     return state, model.layout.constrain(token, None), model.layout.constrain(logprob, None)
 
 
@@ -283,8 +286,13 @@ def decode_steps(
     sampler: Sampler,
     eos: Array,
     greedy: bool,
+    pages: Int[Array, "B per"] | None = None,
 ) -> tuple[DecodeState, Int[Array, "B n"], Float[Array, "B n"], Int[Array, " B"]]:
-    """Up to `steps` tokens a row. A row that is done, by the caller or by its token `eos`, produces nothing."""
+    """Up to `steps` tokens a row. A row that is done, by the caller or by its token `eos`, produces nothing.
+
+    Args:
+      pages: the table of a cache that sequences share.
+    """
     batch = len(state.token)
     rows = jnp.arange(batch)
 
@@ -292,9 +300,9 @@ def decode_steps(
         number, state, tokens, logprobs, counts = carry
         x = apply(model, params, state.token[:, None], method="embed")
         exists = (~state.done).astype(jnp.int32)[:, None]
-        out = apply(model, params, x, state.position[:, None], exists, state.cache, method="decode")
+        out = apply(model, params, x, state.position[:, None], exists, state.cache, pages=pages, method="decode")
         logits = apply(model, params, out.hidden[:, 0], method="logits")
-        token, logprob = choose(logits, sampler, state.seen, state.step, greedy)
+        token, logprob = choose(logits, sampler, state.seen, state.step, greedy, state.counts)
         alive = ~state.done
         tokens = tokens.at[rows, number].set(token)
         logprobs = logprobs.at[rows, number].set(logprob)
@@ -304,7 +312,8 @@ def decode_steps(
             position=state.position + alive,
             step=state.step + alive,
             done=state.done | (token == eos),
-            seen=_with_token(state.seen, jnp.where(alive, token, -1)),
+            seen=with_token(state.seen, jnp.where(alive, token, -1)),
+            counts=counted(state.counts, jnp.where(alive, token, -1)),
         )
         return number + 1, state, tokens, logprobs, counts + alive
 
@@ -320,6 +329,11 @@ def decode_steps(
     return state, whole(tokens, None, None), whole(logprobs, None, None), whole(counts, None)
 
 
-def _with_token(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
+def with_token(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:
     """One pass over the ids, in place; a scatter would copy them. Nothing is added for a token of -1."""
     return seen | (jnp.arange(seen.shape[-1]) == token[:, None])
+
+
+def counted(counts: Int[Array, "B V"] | None, token: Int[Array, " B"]) -> Int[Array, "B V"] | None:
+    """As `with_token`, of how often."""
+    return None if counts is None else counts + (jnp.arange(counts.shape[-1]) == token[:, None])

@@ -16,6 +16,8 @@ from vl2_jax.errors import RequestError, shown
 
 _SAMPLED_PENALTY = 1.1  # what the released entry points use when they sample; greedy decoding has none
 _PENALTIES = (0.01, 100.0)
+_MOST_BIASES = 1024
+MOST_STOP_IDS = 8
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a smaller temperature is 0 on the device
 
 
@@ -34,6 +36,12 @@ class SamplingOptions:
         holds a seed a row. `None` is another one each time.
       ignore_eos: go on to `max_tokens` (for measuring).
       stop: the answer ends before this string, or before any of these.
+      presence_penalty: subtracted from the logits of ids that the answer holds.
+      frequency_penalty: likewise, once for each time that it does.
+      min_p: sample only from tokens that are at least this much as likely as the likeliest.
+      logit_bias: added to the logits of these ids.
+      stop_token_ids: the answer ends with any of these.
+      min_tokens: until there are so many, it neither ends by itself nor with one of `stop_token_ids`.
 
     Raises:
       RequestError: a value of another kind, or outside of its range.
@@ -47,6 +55,12 @@ class SamplingOptions:
     seed: int | Sequence[int] | None = None
     ignore_eos: bool = False
     stop: str | Sequence[str] | None = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_p: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop_token_ids: Sequence[int] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._keep("max_tokens", _whole(self.max_tokens, 1), "a whole number of at least 1")
@@ -61,6 +75,12 @@ class SamplingOptions:
             self._keep("seed", _seeds(self.seed), expected)
         self._keep("ignore_eos", self.ignore_eos if isinstance(self.ignore_eos, bool) else None, "True or False")
         self._keep("stop", _strings(self.stop), "a string that is not empty, or several")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._keep(name, _number(getattr(self, name), -2, 2), "a number from -2 to 2")
+        self._keep("min_p", _number(self.min_p, 0, 1), "a number from 0 (no limit) to 1")
+        self._keep("logit_bias", _biases(self.logit_bias), "numbers from -100 to 100 by token id, or None")
+        self._keep("stop_token_ids", _ids(self.stop_token_ids), f"at most {MOST_STOP_IDS} token ids")
+        self._keep("min_tokens", _whole(self.min_tokens, 0, self.max_tokens), "a whole number from 0 to max_tokens")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> SamplingOptions:
@@ -79,6 +99,11 @@ class SamplingOptions:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < _SMALLEST
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether choosing a token needs more than the logits and the ids that were seen."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.min_p or self.logit_bias or self.min_tokens)
 
     @property
     def penalty(self) -> float:
@@ -132,6 +157,23 @@ def _seeds(value: Any) -> int | tuple[int, ...] | None:
         seeds = tuple(_whole(seed, -(2**63), 2**63 - 1) for seed in value)
         return None if None in seeds else seeds  # type: ignore[return-value]
     return _whole(value, -(2**63), 2**63 - 1)
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes) or len(value) > MOST_STOP_IDS:
+        return None
+    ids = tuple(_whole(id_, 0, 2**31 - 1) for id_ in value)
+    return None if None in ids else ids  # type: ignore[return-value]
+
+
+def _biases(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or len(value) > _MOST_BIASES:
+        return None
+    ids = [_whole(id_, 0, 2**31 - 1) for id_ in value]
+    biases = [_number(bias, -100, 100) for bias in value.values()]
+    return None if None in ids or None in biases else dict(zip(ids, biases))  # type: ignore[arg-type]
 
 
 def _strings(value: Any) -> tuple[str, ...] | None:

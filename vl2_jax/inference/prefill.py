@@ -21,12 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from vl2_jax.inference.answers import Timings
 from vl2_jax.inference.chunks import Chunking
+from vl2_jax.model.attention import cache_axes
 from vl2_jax.model.decoder import Cache, init_cache
-from vl2_jax.model.layers import cache_axes
+from vl2_jax.model.layers import Axes
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.ops.paging.pages import PAGE
 from vl2_jax.processing.batch import TEXT, Encoded, renumbered_rows
@@ -203,17 +204,18 @@ def prefill_chunk(
     hidden: Array,
     begin: Array,
     last: Array,
+    pages: Int[Array, "B per"] | None = None,
 ) -> tuple[Float[Array, "B D"], Cache]:
     """One chunk: fills slots `begin` to `begin + C`, and keeps the hidden rows of prompts that end inside of it.
 
-    Positions after the `last` of their prompt are padding.
+    Positions after the `last` of their prompt are padding. `pages` is the table of a cache that sequences share.
     """
     length = ids.shape[1]
     positions = jnp.broadcast_to(begin + jnp.arange(length), ids.shape)
     exists = (positions <= last[:, None]).astype(jnp.int32)
     with matmul_precision(model.dtype):
         x = apply(model, params, ids, index, table, method="embed")
-        out = apply(model, params, x, positions, exists, cache, method="decode")
+        out = apply(model, params, x, positions, exists, cache, pages=pages, method="decode")
     within = last - begin
     row = jnp.take_along_axis(out.hidden, jnp.clip(within, 0, length - 1)[:, None, None], axis=1)[:, 0]
     hidden = jnp.where(((within >= 0) & (within < length))[:, None], row, hidden)
@@ -241,10 +243,14 @@ def each_replaced(cache: Cache, change: Callable[[Array], Array]) -> Cache:
     return jax.tree.map(replaced, cache)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
-def repeat(model: VL2Model, rows: Array, n: int) -> Array:
+def repeat(model: VL2Model, hidden: Array, cache: Cache, n: int) -> tuple[Array, Cache]:
     """Every row of a batch `n` times, laid out as what it was."""
-    axes = (None, None) if rows.ndim == 2 else cache_axes(rows.ndim)  # hidden rows, or an array of a cache
+    axes = cache_axes(cache[0])
+    return _repeat(model, hidden, n, (None, None)), each_replaced(cache, lambda old: _repeat(model, old, n, axes))
+
+
+@partial(jax.jit, static_argnums=(0, 2, 3))
+def _repeat(model: VL2Model, rows: Array, n: int, axes: Axes) -> Array:
     return model.layout.constrain(jnp.repeat(rows, n, axis=0), *axes)
 
 

@@ -21,7 +21,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.inference.options import MOST_STOP_IDS, SamplingOptions
+
+
+class Extras(NamedTuple):
+    """Options that few requests have: programs without them do not make these passes over the vocabulary."""
+
+    presence: Float[Array | np.ndarray, " B"]
+    frequency: Float[Array | np.ndarray, " B"]
+    min_p: Float[Array | np.ndarray, " B"]
+    least: Int[Array | np.ndarray, " B"]  # tokens before any of `ends` may be chosen
+    ends: Int[Array | np.ndarray, "B e"]  # -1 is none
+    bias: Float[Array | np.ndarray, "B V"]
+
+    @classmethod
+    def of(cls, options: SamplingOptions, vocabulary: int, rows: int, eos: int) -> Extras:
+        """The same options for every row. Ids that are none of the vocabulary have no bias."""
+        bias = np.zeros(vocabulary, np.float32)
+        for id_, value in (options.logit_bias or {}).items():
+            bias[id_ : id_ + 1] = value
+        ends = [-1 if options.ignore_eos else eos, *options.stop_token_ids]
+        ends += [-1] * (1 + MOST_STOP_IDS - len(ends))
+        return cls(
+            np.full(rows, options.presence_penalty, np.float32),
+            np.full(rows, options.frequency_penalty, np.float32),
+            np.full(rows, options.min_p, np.float32),
+            np.full(rows, options.min_tokens, np.int32),
+            np.tile(np.asarray(ends, np.int32), (rows, 1)),
+            np.tile(bias, (rows, 1)),
+        )
 
 
 class Sampler(NamedTuple):
@@ -32,6 +60,7 @@ class Sampler(NamedTuple):
     top_k: Int[Array | np.ndarray, " B"]
     penalty: Float[Array | np.ndarray, " B"]
     seeds: UInt32[Array | np.ndarray, "B 2"]  # upper and lower half of each
+    extras: Extras | None = None
 
     @classmethod
     def of(cls, options: SamplingOptions, vocabulary: int, rows: int) -> Sampler:
@@ -46,10 +75,14 @@ class Sampler(NamedTuple):
         )
 
     @classmethod
-    def of_each(cls, each: Sequence[SamplingOptions], vocabulary: int, rows: int) -> Sampler:
-        """So many rows of each of several options."""
+    def of_each(cls, each: Sequence[SamplingOptions], vocabulary: int, rows: int, eos: int = -1) -> Sampler:
+        """So many rows of each of several options; with extras where any has some."""
         samplers = [cls.of(options, vocabulary, rows) for options in each]
-        return cls(*map(np.concatenate, zip(*samplers)))
+        together = jax.tree.map(lambda *parts: np.concatenate(parts), *samplers)
+        if not any(options.has_extras for options in each):
+            return together
+        extras = [Extras.of(options, vocabulary, rows, eos) for options in each]
+        return together._replace(extras=jax.tree.map(lambda *parts: np.concatenate(parts), *extras))
 
 
 def penalise_repetition(
@@ -58,6 +91,23 @@ def penalise_repetition(
     """Ids that were seen: a positive logit is divided by the penalty, a negative one multiplied."""
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def with_extras(
+    logits: Float[Array, "B V"],
+    extras: Extras,
+    counts: Int[Array, "B V"],
+    step: Int[Array, " B"],
+) -> Float[Array, "B V"]:
+    """Biases added, penalties of what the answer holds subtracted, ends forbidden while it is too short.
+
+    Args:
+      counts: how often the answer holds an id.
+    """
+    presence, frequency = (jnp.asarray(each)[:, None] for each in (extras.presence, extras.frequency))
+    logits = logits + jnp.asarray(extras.bias) - presence * (counts > 0) - frequency * counts
+    is_end = (jnp.arange(logits.shape[-1]) == jnp.asarray(extras.ends)[..., None]).any(axis=1)
+    return jnp.where(is_end & (step < jnp.asarray(extras.least))[:, None], -jnp.inf, logits)
 
 
 def keep_likeliest(
@@ -93,6 +143,7 @@ def choose(
     seen: Bool[Array, "B V"],
     step: Int[Array, " B"],
     greedy: bool,
+    counts: Int[Array, "B V"] | None = None,
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """The next ids and their log-probabilities under the model's own distribution.
 
@@ -100,13 +151,19 @@ def choose(
       seen: ids that stand in the prompt or the answer.
       step: tokens each row has generated, which with the seed decides its random numbers.
       greedy: every temperature is 0; known when compiling, as it saves the thresholds.
+      counts: how often the answer holds an id, where the sampler has extras.
     """
-    adjusted = penalise_repetition(logits, seen, jnp.asarray(sampler.penalty))
+    adjusted, extras = logits, sampler.extras
+    if extras is not None and counts is not None:
+        adjusted = with_extras(logits, extras, counts, step)
+    adjusted = penalise_repetition(adjusted, seen, jnp.asarray(sampler.penalty))
     ids = jnp.argmax(adjusted, axis=-1)
     if not greedy:
         temperature = jnp.asarray(sampler.temperature)
         # From the likeliest down, so that a small temperature makes minus infinities rather than both kinds.
         heated = (adjusted - adjusted.max(axis=-1, keepdims=True)) / temperature[:, None]
+        if extras is not None:
+            heated = jnp.where(heated < jnp.log(jnp.asarray(extras.min_p))[:, None], -jnp.inf, heated)
         kept = keep_likeliest(heated, jnp.asarray(sampler.top_k), jnp.asarray(sampler.top_p))
         keys = jax.random.wrap_key_data(jnp.asarray(sampler.seeds), impl="threefry2x32")
         keys = jax.vmap(jax.random.fold_in)(keys, step)

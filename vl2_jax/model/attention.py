@@ -26,7 +26,6 @@ from vl2_jax.model.layers import (
     RMSNorm,
     adapter_of,
     attend,
-    cache_axes,
     declare,
     softmax,
 )
@@ -40,7 +39,7 @@ from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
 
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
-LayerCache = LatentPages | HeadPages  # with an axis of sequences before that of pages
+LayerCache = LatentPages | HeadPages  # of each sequence, `[B, n, ...]`, or of all by a table, `[N, ...]`
 
 _ROWS: Axes = ("batch", None, None)
 _BY_HEAD: Axes = ("batch", None, "heads", None)
@@ -54,6 +53,7 @@ class Placement(NamedTuple):
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
     documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `ops.flash_attention`
     exists: Bool[Array, "B T"] | None = None  # nobody uses the results of others, and no expert computes them
+    pages: Int[Array, "B per"] | None = None  # the table of a cache that sequences share, see `ops.paging.pages`
 
 
 class LatentAttention(nn.Module):
@@ -205,27 +205,40 @@ def over_pages(
       attention: of `ops.latent_attention` or `ops.multi_head_attention`.
       arrays: its first arguments, with the names of their axes.
     """
-    begins = placement.positions[:, 0]
+    begins, table, count = placement.positions[:, 0], placement.pages, len(arrays) + 3
     if placement.exists is not None:
         begins = jnp.where(placement.exists.any(axis=1), begins, -1)
 
     def of_own(*arrays: Array) -> tuple[Array, ...]:
-        *rows, first, second, begins = arrays
-        out, pages = attention(*rows, pages=type(cache)(first, second), table=None, positions=begins)
+        *rows, first, second, begins = arrays[:count]
+        table = arrays[count] if len(arrays) > count else None
+        out, pages = attention(*rows, pages=type(cache)(first, second), table=table, positions=begins)
         return out, *pages
 
-    axes_of_cache = [cache_axes(array.ndim) for array in cache]
+    axes_of_cache = [cache_axes(cache)] * 2
     axes = [*(names for _, names in arrays), *axes_of_cache, ("batch",)]
-    values = [*(array for array, _ in arrays), *cache, begins]
-    out, *pages = layout.on_own_parts(of_own, axes, [_BY_HEAD, *axes_of_cache], *values)
+    values, result = [*(array for array, _ in arrays), *cache, begins], _BY_HEAD
+    if table is not None:  # every device writes the rows of all sequences
+        values.append(table)
+        axes = [tuple(None if name == "batch" else name for name in names) for names in (*axes, (None, None))]
+        result = (None, *_BY_HEAD[1:])
+    out, *pages = layout.on_own_parts(of_own, axes, [result, *axes_of_cache], *values)
     return out, type(cache)(*pages)
 
 
-def init_layer_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype) -> LayerCache:
-    """An empty cache of one layer: n whole pages of each sequence, `[B, n, ...]`; see `ops.paging.pages`."""
-    count = -(-length // PAGE)
+def cache_axes(cache: LayerCache) -> Axes:
+    """Logical axes of both arrays. Sequences are spread over devices, but not pages that any sequence may have; so are
+    heads, of which latents have none.
+    """
+    of_page: Axes = ("heads", None, None) if isinstance(cache, HeadPages) else (None, None)
+    lead: Axes = ("batch", None) if cache[0].ndim == len(of_page) + 2 else (None,)
+    return (*lead, *of_page)
+
+
+def empty_pages(config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype) -> LayerCache:
+    """Pages of one layer, as many as `lead` says: `(B, n)` of each sequence, or `(N,)` for a table."""
     if config.use_mla:
-        latents = jnp.zeros((batch, count, PAGE, config.kv_lora_rank), dtype)
-        return LatentPages(latents, jnp.zeros((batch, count, PAGE // 2, 2 * config.qk_rope_head_dim), dtype))
-    shape = (batch, count, config.num_key_value_heads, PAGE, config.head_dim)
+        latents = jnp.zeros((*lead, PAGE, config.kv_lora_rank), dtype)
+        return LatentPages(latents, jnp.zeros((*lead, PAGE // 2, 2 * config.qk_rope_head_dim), dtype))
+    shape = (*lead, config.num_key_value_heads, PAGE, config.head_dim)
     return HeadPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, init_layer_cache
+from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, cache_axes, empty_pages
 from vl2_jax.model.layers import (
     ONE_DEVICE,
     Dtype,
@@ -22,7 +22,6 @@ from vl2_jax.model.layers import (
     Layout,
     Linear,
     RMSNorm,
-    cache_axes,
     declare,
     scan_layers,
     variables_of,
@@ -30,6 +29,7 @@ from vl2_jax.model.layers import (
 from vl2_jax.model.moe import MoE, Routing
 from vl2_jax.model.rope import rotary_tables
 from vl2_jax.ops.flash_attention.segments import sees
+from vl2_jax.ops.paging.pages import PAGE
 
 Cache = tuple[LayerCache, ...]
 
@@ -74,6 +74,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         absorbed: bool | None = None,
         packed: bool = False,
+        pages: Int[Array, "B per"] | None = None,
     ) -> DecoderOutput:
         """Runs all layers.
 
@@ -85,11 +86,12 @@ class Decoder(nn.Module):
           cache: rows of the positions before; a query sees the slots up to its own position.
           absorbed: see `LatentAttention`.
           packed: padding gives nothing that is used, so it need not attend as released.
+          pages: the table of a cache whose pages any sequence may have (`init_pages`).
         """
         mask = _causal_mask(positions, segments) if cache is None else None
         exists = None if cache is None or segments is None else segments > 0
         tables = rotary_tables(self.config, positions)
-        placement = Placement(positions, mask, tables, segments if packed else None, exists)
+        placement = Placement(positions, mask, tables, segments if packed else None, exists, pages)
         new_cache, routings = [], []
         looped = range(0)
         if self.scan and cache is None and not self.is_initializing():
@@ -174,13 +176,21 @@ class DecoderLayer(nn.Module):
 
 def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype, layout: Layout = ONE_DEVICE) -> Cache:
     """An empty cache with room for `length` positions of every sequence."""
-    layers = (init_layer_cache(config, batch, length, dtype) for _ in range(config.num_hidden_layers))
-    return tuple(laid_out(layer, layout) for layer in layers)
+    return _init_pages(config, (batch, -(-length // PAGE)), dtype, layout)
+
+
+def init_pages(config: LanguageConfig, count: int, dtype: Dtype, layout: Layout = ONE_DEVICE) -> Cache:
+    """An empty cache of so many pages, which a table gives to sequences."""
+    return _init_pages(config, (count,), dtype, layout)
+
+
+def _init_pages(config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype, layout: Layout) -> Cache:
+    return tuple(laid_out(empty_pages(config, lead, dtype), layout) for _ in range(config.num_hidden_layers))
 
 
 def laid_out(cache: LayerCache, layout: Layout) -> LayerCache:
     """Sequences are spread over devices, and so are heads; latents have none, so tensor parallelism repeats them."""
-    return type(cache)(*(layout.constrain(rows, *cache_axes(rows.ndim)) for rows in cache))
+    return type(cache)(*(layout.constrain(rows, *cache_axes(cache)) for rows in cache))
 
 
 def _causal_mask(positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None) -> Bool[Array, "B T T"]:

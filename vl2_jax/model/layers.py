@@ -77,13 +77,6 @@ ONE_DEVICE = Layout()
 ADAPTERS = "adapters"  # the collection of variables beside "params"; where there is one argument, it stands in it
 
 
-def cache_axes(rank: int) -> Axes:
-    """Logical axes of an array of a cache: latents have no heads (`[B, n, ...]`), keys and values have
-    (`[B, n, H, 128, K]`).
-    """
-    return ("batch", None, "heads", None, None) if rank == 5 else ("batch", None, None, None)
-
-
 def variables_of(module: nn.Module, name: str) -> dict[str, Any]:
     """The parameters of a part of `module`, and its adapters if there are any, for `apply`."""
     collections = module.variables

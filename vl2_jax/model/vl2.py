@@ -93,9 +93,10 @@ class VL2Model(nn.Module):
         cache: Cache | None = None,
         absorbed: bool | None = None,
         packed: bool = False,
+        pages: Int[Array, "B per"] | None = None,
     ) -> DecoderOutput:
         """See `Decoder.__call__`."""
-        return self.language(x, positions, segments, cache, absorbed, packed)
+        return self.language(x, positions, segments, cache, absorbed, packed, pages)
 
     def decoder_layer(
         self, number: int, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
@@ -147,7 +148,7 @@ class VL2Model(nn.Module):
         return ForwardOutput(self.logits(out.hidden), out.routings)
 
 
-def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None = None) -> Any:
+def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None = None, **named: Any) -> Any:
     """`model`'s method as a pure function of its parameters and arguments.
 
     Args:
@@ -157,7 +158,7 @@ def apply(model: VL2Model, params: Params, *arguments: Any, method: str | None =
     variables = {"params": {name: part for name, part in params.items() if name != ADAPTERS}}
     if ADAPTERS in params:
         variables[ADAPTERS] = params[ADAPTERS]
-    return model.apply(variables, *arguments, method=method)
+    return model.apply(variables, *arguments, method=method, **named)
 
 
 def divided_by_255(x: Float[Array, ...]) -> Float[Array, ...]:

@@ -22,8 +22,8 @@ from vl2_jax.inference.generate import DecodeState, decode_steps
 from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import FEWEST_TILES, prefill_chunk
 from vl2_jax.inference.sampling import Sampler
+from vl2_jax.model.attention import cache_axes
 from vl2_jax.model.decoder import init_cache
-from vl2_jax.model.layers import cache_axes
 from vl2_jax.model.vl2 import VL2Model
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import abstract_sharded_params, sharding_of
@@ -78,7 +78,7 @@ def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: i
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(layout.mesh, shape, axes))
 
     rows = jax.eval_shape(lambda: init_cache(language, batch, context, jnp.bfloat16))
-    cache = jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype, *cache_axes(leaf.ndim)), rows)
+    cache = tuple(type(layer)(*(array(leaf.shape, leaf.dtype, *cache_axes(layer)) for leaf in layer)) for layer in rows)
     kinds = weight_kinds(flat) | {"cache": _bytes(jax.tree.leaves(cache))}
     if purpose == "prefill":
         chunk = min(chunking("tpu", devices=layout.devices).lengths(batch)[0], context)
