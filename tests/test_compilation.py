@@ -1,6 +1,5 @@
 """Programs are compiled for few shapes, once, and kept."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -11,26 +10,8 @@ import pytest
 from PIL import Image
 
 import vl2_jax
-from vl2_jax.compilation import VARIABLE, keep_compiled_programs
+from vl2_jax.compilation import VARIABLE, counting_compilations, keep_compiled_programs
 from vl2_jax.inference.chunks import chunking
-
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-@contextlib.contextmanager
-def compiled():
-    """The names of the programs that are compiled, or found compiled, meanwhile."""
-    names = []
-
-    def listen(event, _, fun_name="", **rest):
-        if event == _COMPILED:
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def question(number):
@@ -49,7 +30,7 @@ def fresh():
 
 def test_ten_prompts_of_ten_lengths_compile_at_most_two_programs_after_the_first_answer(fresh):
     fresh.generate(question(0), max_tokens=3)
-    with compiled() as names:
+    with counting_compilations() as names:
         lengths = {fresh.generate(question(number), max_tokens=3)[0].prompt_tokens for number in range(1, 11)}
     assert len(lengths) == 10
     assert max(lengths) > 6 * min(lengths)
@@ -58,7 +39,7 @@ def test_ten_prompts_of_ten_lengths_compile_at_most_two_programs_after_the_first
 
 def test_nothing_is_compiled_after_warming_up(fresh):
     fresh.warm_up()
-    with compiled() as names:
+    with counting_compilations() as names:
         fresh.generate(question(0), max_tokens=3)
         fresh.generate(question(9), max_tokens=3, temperature=0.5)
     assert not names

@@ -8,9 +8,11 @@ JAX's own setting, where there is one (`JAX_COMPILATION_CACHE_DIR`), is left as 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import jax
 VARIABLE = "VL2_COMPILATION_CACHE"
 _MOST_BYTES = 4 << 30  # the programs used last stay
 _JAX_DEFAULT_SECONDS = 1.0
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def keep_compiled_programs() -> Path | None:
@@ -45,6 +48,22 @@ def keep_compiled_programs() -> Path | None:
     if settings.jax_persistent_cache_min_compile_time_secs == _JAX_DEFAULT_SECONDS:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+@contextlib.contextmanager
+def counting_compilations() -> Iterator[list[str]]:
+    """The names of the programs that are compiled meanwhile, or found in the folder of compiled ones."""
+    names: list[str] = []
+
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == _COMPILED:
+            names.append(str(about.get("fun_name", "")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _default_folder() -> Path:

@@ -20,6 +20,7 @@ class Timings:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
+    waited_seconds: float = 0.0  # for a server that answers others
 
 
 @dataclass(frozen=True)

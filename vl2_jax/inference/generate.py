@@ -214,7 +214,7 @@ class Generator:
             steps = min(steps, max(w.limit - len(w.ids) for w in writers if not w.finished))
             with DEVICES, on_devices():
                 call_begun = time.perf_counter()
-                state, tokens, logprobs, counts = decode_steps(
+                state, tokens, logprobs, counts, _ = decode_steps(
                     self.model, self.params, state, done, np.int32(steps), sampler, eos, greedy
                 )
                 tokens, logprobs, counts = jax.device_get((tokens, logprobs, counts))
@@ -276,7 +276,14 @@ def _first_token(
     return state, model.layout.constrain(token, None), model.layout.constrain(logprob, None)
 
 
-@partial(jax.jit, static_argnums=(0, 7), donate_argnums=2)
+class Alternatives(NamedTuple):
+    """The likeliest ids of each step, under the model's own distribution."""
+
+    ids: Int[Array, "B n a"]
+    logprobs: Float[Array, "B n a"]
+
+
+@partial(jax.jit, static_argnums=(0, 7), static_argnames="alternatives", donate_argnums=2)
 def decode_steps(
     model: VL2Model,
     params: Params,
@@ -287,17 +294,20 @@ def decode_steps(
     eos: Array,
     greedy: bool,
     pages: Int[Array, "B per"] | None = None,
-) -> tuple[DecodeState, Int[Array, "B n"], Float[Array, "B n"], Int[Array, " B"]]:
+    *,
+    alternatives: int = 0,
+) -> tuple[DecodeState, Int[Array, "B n"], Float[Array, "B n"], Int[Array, " B"], Alternatives]:
     """Up to `steps` tokens a row. A row that is done, by the caller or by its token `eos`, produces nothing.
 
     Args:
       pages: the table of a cache that sequences share.
+      alternatives: how many of the likeliest ids are told for each step.
     """
     batch = len(state.token)
     rows = jnp.arange(batch)
 
     def body(carry):
-        number, state, tokens, logprobs, counts = carry
+        number, state, tokens, logprobs, counts, others = carry
         x = apply(model, params, state.token[:, None], method="embed")
         exists = (~state.done).astype(jnp.int32)[:, None]
         out = apply(model, params, x, state.position[:, None], exists, state.cache, pages=pages, method="decode")
@@ -306,6 +316,9 @@ def decode_steps(
         alive = ~state.done
         tokens = tokens.at[rows, number].set(token)
         logprobs = logprobs.at[rows, number].set(logprob)
+        if alternatives:
+            likeliest = likeliest_of(logits, alternatives)
+            others = Alternatives(*(a.at[:, number].set(b) for a, b in zip(others, likeliest)))
         state = DecodeState(
             cache=out.cache,
             token=jnp.where(alive, token, state.token),
@@ -315,18 +328,26 @@ def decode_steps(
             seen=with_token(state.seen, jnp.where(alive, token, -1)),
             counts=counted(state.counts, jnp.where(alive, token, -1)),
         )
-        return number + 1, state, tokens, logprobs, counts + alive
+        return number + 1, state, tokens, logprobs, counts + alive, others
 
     def unfinished(carry):
         return (carry[0] < steps) & ~carry[1].done.all()
 
     room = (batch, _STEPS_A_CALL)
     state = state._replace(done=state.done | done)
-    start = (0, state, jnp.zeros(room, jnp.int32), jnp.zeros(room, jnp.float32), jnp.zeros(batch, jnp.int32))
+    wide = (*room, alternatives)
+    others = Alternatives(jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32))
+    start = (0, state, jnp.zeros(room, jnp.int32), jnp.zeros(room, jnp.float32), jnp.zeros(batch, jnp.int32), others)
     with matmul_precision(model.dtype):
-        _, state, tokens, logprobs, counts = jax.lax.while_loop(unfinished, body, start)
-    whole = model.layout.constrain
-    return state, whole(tokens, None, None), whole(logprobs, None, None), whole(counts, None)
+        _, state, *told = jax.lax.while_loop(unfinished, body, start)
+    tokens, logprobs, counts, others = jax.tree.map(lambda x: model.layout.constrain(x, *[None] * x.ndim), told)
+    return state, tokens, logprobs, counts, others
+
+
+def likeliest_of(logits: Float[Array, "B V"], count: int) -> Alternatives:
+    """Of one step, `[B, count]`."""
+    logprobs, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
+    return Alternatives(ids, logprobs)
 
 
 def with_token(seen: Bool[Array, "B V"], token: Int[Array, " B"]) -> Bool[Array, "B V"]:

@@ -137,13 +137,19 @@ def encode_tiles(
     """Tokens of all tiles, then rows of zeros up to the size of a table. Each device computes a tile at a time."""
     devices = model.layout.devices
     room = math.ceil(bucket(len(tiles), FEWEST_TILES) / devices) * devices
-    table = _empty_table(model, room)
+    table = empty_table(model, room)
     for begin in range(0, len(tiles), devices):
         _tell(report, "looking at pictures", begin, len(tiles), table)
-        some = tiles[begin : begin + devices]
-        some = np.pad(some, ((0, devices - len(some)), (0, 0), (0, 0), (0, 0)))
-        table = _encode_tiles(model, params, some, table, np.int32(begin))
+        table = encode_some(model, params, tiles[begin : begin + devices], table, begin)
     return table
+
+
+def encode_some(
+    model: VL2Model, params: Params, tiles: np.ndarray, table: Float[Array, "room M D"], begin: int
+) -> Float[Array, "room M D"]:
+    """The table with the tokens of tiles, at most one a device, from row `begin` on."""
+    missing = model.layout.devices - len(tiles)
+    return _encode_tiles(model, params, np.pad(tiles, ((0, missing), *[(0, 0)] * 3)), table, np.int32(begin))
 
 
 def capacity_for(model: VL2Model, batch: int, needed: int) -> int:
@@ -178,7 +184,7 @@ def empty_cache(model: VL2Model, batch: int, capacity: int) -> Cache:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _empty_table(model: VL2Model, tiles: int) -> Float[Array, "I M D"]:
+def empty_table(model: VL2Model, tiles: int) -> Float[Array, "I M D"]:
     shape = (tiles, model.config.tokens_per_tile, model.config.language_config.hidden_size)
     return model.layout.constrain(jnp.zeros(shape, model.dtype), None, None, None)
 
