@@ -308,3 +308,16 @@ def test_closing_ends_what_is_in_the_engine(models):
 def test_limits_that_serve_nobody_are_refused(models, limits):
     with pytest.raises(RequestError, match="cannot serve anybody"):
         Engine(models("nano-small"), limits)
+
+
+@pytest.mark.parametrize(("family", "mesh"), [("nano-tiny", "data=4,tensor=2"), ("nano-small", "expert=8")])
+def test_a_mesh_of_devices_answers_as_one_device_does(first_layers, models, family, mesh):
+    spread = vl2_jax.load(first_layers(family), dtype="float32", chunk_size=48, mesh=mesh)
+    limits = Limits(max_running=2, context=512)
+    with Engine(spread, limits) as engine:
+        asked = [Asked(engine, spread, conversation(n), max_tokens=8, ignore_eos=True) for n in (1, 2, 3)]
+        answers = [one.answer() for one in asked]
+        assert engine.load.compilations == 0
+    for n, answer in zip((1, 2, 3), answers):
+        (alone,) = models(family).generate(conversation(n), max_tokens=8, ignore_eos=True)
+        assert answer.token_ids == alone.token_ids

@@ -50,6 +50,7 @@ from vl2_jax.serving.requests import (
     Started,
     Token,
 )
+from vl2_jax.serving.room import pages_for
 from vl2_jax.serving.schedule import Schedule, Sequence
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Engine:
         self._lengths = chunking(platform, vl2.chunk_size).within(self._context).lengths()
         spare = 0 if self._lengths[-1] % PAGE == 0 or PAGE % self._lengths[-1] == 0 else self._lengths[-1]
         self._per = -(-(self._context + spare) // PAGE)
-        self._page_count = 1 + (limits.pages or limits.max_running * -(-self._context // PAGE))
+        self._page_count = pages_for(vl2.config, vl2.model.dtype, limits, platform=platform)
         self._tiles = TileTable(-(-_FEWEST_TILES // self._model.layout.devices), self._model.layout.devices)
         self._schedule = Schedule(PagePool(self._page_count), limits.max_running, limits.prefix_cache)
         self._changed = threading.Condition()
