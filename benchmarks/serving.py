@@ -93,10 +93,9 @@ def question(number: int) -> list[dict[str, Any]]:
 def one_by_one(vl2: Any, prompts: list[Any], sampling: Any) -> tuple[list[float], list[float]]:
     first, between = [], []
     for prompt in prompts:
-        times = [time.perf_counter()]
-        vl2.generator.generate([prompt], sampling, lambda row, text: times.append(time.perf_counter()))
-        first.append(times[1] - times[0])
-        between += [(times[-1] - times[1]) / (sampling.max_tokens - 1)]
+        timings = vl2.generator.generate([prompt], sampling)[0][0].timings
+        first.append(timings.vision_seconds + timings.prefill_seconds)
+        between.append(timings.decode_seconds / (sampling.max_tokens - 1))
     return first, between
 
 
@@ -138,10 +137,9 @@ def together(engine: Any, prompts: list[Any], sampling: Any, callers: int) -> tu
 
 
 def row(name: str, seconds: float, tokens: int, first: list[float], between: list[float]) -> str:
-    figures = (
-        f"{np.median(first):6.2f} {max(first):6.2f} s    {np.median(between) * 1e3:5.0f} {max(between) * 1e3:5.0f} ms"
-    )
-    return f"{name:24} {seconds:9.1f} {tokens / seconds:10.1f}  {figures}"
+    waits = f"{np.median(first):6.2f} {max(first):6.2f} s"
+    paces = f"{np.median(between) * 1e3:5.0f} {max(between) * 1e3:5.0f} ms"
+    return f"{name:24} {seconds:9.1f} {tokens / seconds:10.1f}  {waits}    {paces}"
 
 
 if __name__ == "__main__":
