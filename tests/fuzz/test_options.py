@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import hypothesis.strategies as st
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from vl2_jax.errors import RequestError
 from vl2_jax.inference.options import SamplingOptions
@@ -24,6 +24,7 @@ OPTIONS = st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=6))
 
 @settings(max_examples=2000, deadline=None)
 @given(OPTIONS, st.integers(1, 4))
+@example({"temperature": 10**400}, 1)  # too large for a float, which is drawn in few runs
 def test_whatever_is_asked_for_is_taken_or_refused_in_a_sentence(options, rows):
     told = ""
     try:
