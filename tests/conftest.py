@@ -35,6 +35,9 @@ if version("jaxlib").startswith("0.10."):  # a flag that XLA does not know would
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
+# Tracing makes objects by the million. Looking for cycles at every 700 of them took a sixth of its time.
+gc.set_threshold(50_000)
+
 _IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # it finds the folder of the process that started it
 if not _IS_WORKER:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="vl2-jax-compiled-")

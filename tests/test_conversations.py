@@ -16,8 +16,8 @@ THREADS, CONVERSATIONS = 8, 12
 
 
 @pytest.fixture(scope="module")
-def vl2():
-    return vl2_jax.load("vl2-nano", dtype="float32")
+def vl2(first_layers):
+    return vl2_jax.load(first_layers("nano-small"), dtype="float32")
 
 
 def picture(seed):

@@ -11,7 +11,7 @@ import pytest
 from docs.links import PAGES, ROOT, wrong_links
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-TRAINS = "finetune"  # it computes for a minute and a half
+LONG = {"finetune", "sharding"}  # one trains for a minute and a half, one compiles for four meshes
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -46,16 +46,23 @@ def test_a_notebook_is_its_readable_script(notebook):
     ast.parse(notebook.with_suffix(".py").read_text())
 
 
-@pytest.mark.parametrize("notebook", [path for path in NOTEBOOKS if path.stem != TRAINS], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "notebook",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs(notebook):
-    run(notebook)
+    run(notebook, notebook.parent)
 
 
-@pytest.mark.slow
-def test_the_notebook_that_trains_runs():
-    run(ROOT / "notebooks" / f"{TRAINS}.ipynb")
+def test_the_notebook_of_meshes_runs_with_the_first_layers_of_a_model(tmp_path, first_layers):
+    """It takes the model that it finds in `out/nano`."""
+    for folder in ("assets", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "out" / "nano").symlink_to(first_layers("nano-small"))
+    run(ROOT / "notebooks" / "sharding.ipynb", tmp_path)
 
 
-def run(notebook: Path) -> None:
+def run(notebook: Path, folder: Path) -> None:
     book = jupytext.read(notebook)
-    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(Path(notebook).parent)}}).execute()
+    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()

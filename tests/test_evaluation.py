@@ -4,16 +4,14 @@ import json
 
 import pytest
 
-from convert.random_checkpoint import create
 from vl2_jax.cli import main
 from vl2_jax.errors import VL2Error
 from vl2_jax.scenes import SceneSizes, scene_conversation
 from vl2_jax.scenes.evaluation import questions
 
 
-def test_a_random_model_is_asked_everything(tmp_path, capsys):
-    create("vl2-nano", tmp_path / "nano")
-    main(["eval", "--model", str(tmp_path / "nano"), "--count", "2", "--longest-side", "112", "--json"])
+def test_a_random_model_is_asked_everything(first_layers, capsys):
+    main(["eval", "--model", str(first_layers("nano-small")), "--count", "2", "--longest-side", "112", "--json"])
     rows = json.loads(capsys.readouterr().out)
     asked = sum(len(scene_conversation((1_000_000, n), SceneSizes(longest_side=112))["skills"]) for n in range(2))
     totals = [name for name in rows if name.startswith("all ")]

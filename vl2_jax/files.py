@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -30,7 +31,9 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     if scheme == "file":
         return Path("/", unquote(rest.removeprefix("localhost/")))
     if not scheme:
-        return Path(name).expanduser()
+        with suppress(RuntimeError, ValueError):  # nobody has that name, or can have it: a file may
+            return Path(name).expanduser()
+        return Path(name)
     from etils import epath
 
     remote: Any = epath.Path(f"{scheme}://{rest}")

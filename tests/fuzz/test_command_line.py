@@ -51,6 +51,7 @@ def nothing_is_fetched_or_written(tmp_path_factory):
 @given(st.sampled_from(LINES), changes)
 @example("info nowhere", [("value", 0, "x" * 5000)])
 @example("info nowhere", [("value", 0, "a/" + "x" * 5000)])
+@example("info nowhere", [("value", 0, "~nobody-by-this-name")])
 def test_a_command_line_is_done_or_refused_in_one_line(line, changed):
     _refused_in_one_line(_changed(line.split(), changed))
 

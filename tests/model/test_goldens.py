@@ -9,11 +9,12 @@ import pytest
 
 import vl2_jax
 from tests.conftest import CASES, CONFIGS, GOLDENS, load_case, with_pictures
-from vl2_jax.config import LanguageConfig, RopeScaling
+from vl2_jax.config import LanguageConfig, RopeScaling, read_config
 from vl2_jax.model.attention import LatentAttention, Placement
 from vl2_jax.model.moe import balance_loss, route
 from vl2_jax.model.projector import Projector
 from vl2_jax.model.rope import rotary_tables, rotate, softmax_scale
+from vl2_jax.model.vl2 import VL2Model, abstract_boxed_params
 from vl2_jax.processing.tiling import released_tiles
 from vl2_jax.verification import from_recorded_rows
 
@@ -78,6 +79,17 @@ def test_forward_pass_equals_the_recorded_one(config, case):
         ours = np.take_along_axis(np.asarray(routing.weights), order, -1).reshape(weights.shape)
         scale = vl2.config.language_config.routed_scaling_factor
         close("weights", ours / scale, weights / scale, real.ravel())
+
+
+@pytest.mark.parametrize("changes", [{}, {"moe_layer_freq": 2, "num_hidden_layers": 5}, {"first_k_dense_replace": 4}])
+def test_parameters_are_described_as_all_layers_have_them(changes):
+    """Blocks and layers of a kind are described by one of them."""
+    config = read_config(GOLDENS / "nano-base")
+    config = config.replace(language_config=config.language_config.replace(**changes))
+    ids, tiles = np.zeros((1, 1), np.int32), np.zeros((1, *(2 * (config.vision_config.image_size,)), 3), np.uint8)
+    model = VL2Model(config, jnp.float32, jnp.bfloat16)
+    whole = jax.eval_shape(model.init, jax.random.key(0), ids, None, ids, tiles)["params"]
+    assert abstract_boxed_params(config) == whole
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:])

@@ -1,6 +1,5 @@
 """Pages for tests: in any order, and with numbers that show in slots that nobody may look at."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -9,21 +8,24 @@ from vl2_jax.ops.paging.pages import PAGE, flat
 UNSEEN = 3e4  # finite, as a slot's old rows are; any weight that it is given shows
 
 
-def pages_for(kind, widths, key, positions, per, shuffled, dtype):
-    """(pages, table, positions) of sequences with as many filled slots as their positions say."""
+def pages_for(kind, widths, random, positions, per, shuffled, dtype):
+    """(pages, table, positions) of sequences with as many filled slots as their positions say.
+
+    Made by NumPy, as JAX would compile for every shape.
+    """
     batch = len(positions)
     count = batch * per + (3 if shuffled else 0)
-    order = np.random.default_rng(int(jax.random.bits(key))).permutation(count)[: batch * per].reshape(batch, per)
+    order = random.permutation(count)[: batch * per].reshape(batch, per)
     table = jnp.asarray(order, jnp.int32) if shuffled else None
-    rows = [jax.random.normal(key, (*lead, count * PAGE, width), dtype) for *lead, width in widths]
+    rows = [random.standard_normal((*lead, count * PAGE, width), np.float32) for *lead, width in widths]
     seen = np.zeros((count, PAGE), bool)
     for numbers, position in zip(_numbers(table, batch, per), positions):
         for slot in range(position):
             seen[numbers[slot // PAGE], slot % PAGE] = True
-    pages = kind.of_rows(*(jnp.where(seen.reshape(-1, 1), each, UNSEEN).astype(dtype) for each in rows))
+    pages = kind.of_rows(*(np.where(seen.reshape(-1, 1), each, np.float32(UNSEEN)) for each in rows))
     if not shuffled:
         pages = contiguous(pages, batch)
-    return pages, table, jnp.asarray(positions, jnp.int32)
+    return kind(*(jnp.asarray(array, dtype) for array in pages)), table, jnp.asarray(positions, jnp.int32)
 
 
 def contiguous(pages, batch):
@@ -32,8 +34,8 @@ def contiguous(pages, batch):
 
 def assert_only_new_rows_differ(before, after, table, positions, length, new):
     """Every number of the pages is as it was, but the new rows, which are as given."""
-    expected = [np.array(rows) for rows in flat(before, table).rows()]
-    after = flat(after, table)
+    expected = [np.array(rows) for rows in flat(type(before)(*map(np.asarray, before)), table).rows()]
+    after = flat(type(after)(*map(np.asarray, after)), table)
     table = _numbers(table, len(positions), before[0].shape[1])
     for sequence, position in enumerate(np.asarray(positions)):
         for t in range(length if position >= 0 else 0):

@@ -20,8 +20,15 @@ from vl2_jax.training.recipe import read_recipe
 MODEL, PICTURE = GOLDENS / "nano-small", GOLDENS / "images" / "tall.png"
 
 
-GENERATE = ["generate", "--model", str(MODEL), "--prompt", "What is it?", "--dtype", "float32", "--max-tokens", "6"]
-GENERATE += ["--ignore-eos", "--json", "--mesh", "expert=4,tensor=2"]
+@pytest.fixture(scope="module")
+def model(first_layers):
+    return first_layers("nano-small")
+
+
+@pytest.fixture(scope="module")
+def generate(model):
+    asked = ["--prompt", "What is it?", "--max-tokens", "6", "--ignore-eos", "--json"]
+    return ["generate", "--model", str(model), "--dtype", "float32", "--mesh", "expert=4,tensor=2", *asked]
 
 
 def start_both(command: list[str], *changes: list[str]) -> list[subprocess.Popen]:
@@ -44,20 +51,20 @@ def start_both(command: list[str], *changes: list[str]) -> list[subprocess.Popen
     ]
 
 
-def test_two_processes_generate_what_one_does():
+def test_two_processes_generate_what_one_does(model, generate):
     picture = ["--image", str(PICTURE)]
-    first, second = start_both(GENERATE, picture, picture)
+    first, second = start_both(generate, picture, picture)
     (told, errors), (nothing, _) = first.communicate(timeout=300), second.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (0, 0), errors
     assert nothing == ""
     turn = {"role": "user", "content": "<image>\nWhat is it?", "images": [str(PICTURE)]}
-    (answer,) = load(MODEL, dtype="float32").generate([turn], max_tokens=6, ignore_eos=True)
+    (answer,) = load(model, dtype="float32").generate([turn], max_tokens=6, ignore_eos=True)
     assert json.loads(told)["token_ids"] == answer.token_ids
 
 
-def test_an_error_in_one_process_ends_both_with_its_message():
+def test_an_error_in_one_process_ends_both_with_its_message(generate):
     begun = time.monotonic()
-    both = start_both(GENERATE, ["--image", str(PICTURE)], ["--image", "there-is-no-such.png"])
+    both = start_both(generate, ["--image", str(PICTURE)], ["--image", "there-is-no-such.png"])
     errors = [process.communicate(timeout=120)[1] for process in both]
     assert all(process.returncode != 0 for process in both)
     assert all("there-is-no-such.png" in text for text in errors)

@@ -133,25 +133,23 @@ def question(vl2):
 
 
 @pytest.fixture(scope="module")
-def beside(small_updates):
-    return vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=small_updates, merge=False)
+def beside(small_model, small_updates):
+    return vl2_jax.load(small_model, dtype="float32", adapters=small_updates, merge=False)
 
 
-def test_adapters_beside_the_weights_of_a_mesh_are_adapters_merged(small_updates, vl2, question):
+def test_adapters_beside_the_weights_of_a_mesh_are_adapters_merged(small_model, small_updates, vl2, question):
     batch = vl2.processor(question)
-    merged = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", adapters=small_updates).logits(batch)
-    spread = vl2_jax.load(
-        GOLDENS / "nano-base", dtype="float32", adapters=small_updates, merge=False, mesh="expert=4,tensor=2"
-    )
+    merged = vl2_jax.load(small_model, dtype="float32", adapters=small_updates).logits(batch)
+    spread = vl2_jax.load(small_model, dtype="float32", adapters=small_updates, merge=False, mesh="expert=4,tensor=2")
     # float32 sums in another order, through all layers.
     np.testing.assert_allclose(spread.logits(batch), merged, atol=1e-4)
     assert np.abs(merged - vl2.logits(batch)).max() > 20 * 1e-4
 
 
-def test_updates_below_a_step_of_bfloat16_are_kept_beside_and_lost_merged(small_updates, vl2, question):
+def test_updates_below_a_step_of_bfloat16_are_kept_beside_and_lost_merged(small_model, small_updates, vl2, question):
     """In float32 arithmetic, so that only what happens to the weights differs."""
     batch, model = vl2.processor(question), vl2.model
-    load = partial(vl2_jax.load, GOLDENS / "nano-base", dtype="bfloat16")
+    load = partial(vl2_jax.load, small_model, dtype="bfloat16")
     params = {
         "base": load().params,
         "merged": load(adapters=small_updates, merge=True).params,

@@ -10,7 +10,6 @@ import vl2_jax
 from convert.adapters import merge
 from convert.peft import CONFIG_FILE, read_adapters, write_adapters
 from convert.weight_map import flatten, plan
-from tests.conftest import GOLDENS
 from vl2_jax.config import read_config
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.model.layers import ADAPTERS
@@ -23,18 +22,22 @@ from vl2_jax.training.lora import adapted_paths, adapters_of, whole_paths
 from vl2_jax.training.recipe import build_recipe
 from vl2_jax.training.step import params_of
 
-MODEL = GOLDENS / "nano-tiny"
 HEAD, Q = "projector/layers_0/kernel", "language/layers_1/self_attn/q_proj/kernel"
 LORA = {"rank": 4, "alpha": 8.0, "targets": ["language/*_proj/kernel", "vision/blocks_*"], "whole": ["projector/*"]}
 FROZEN = ["vision/*", "language/layers_0/*"]
 
 
 @pytest.fixture(scope="module")
-def recipe(data_file):
+def base(first_layers):
+    return first_layers("nano-tiny")
+
+
+@pytest.fixture(scope="module")
+def recipe(base, data_file):
     def build(lora=LORA, frozen=FROZEN, **model):
         return build_recipe(
             {
-                "model": {"path": str(MODEL), "scan": True} | model,
+                "model": {"path": str(base), "scan": True} | model,
                 "data": {
                     "sources": [{"path": str(data_file)}], "sequence_length": 256, "rows": 1, "tiles": 12, "workers": 0,
                 },
@@ -48,8 +51,8 @@ def recipe(data_file):
 
 
 @pytest.fixture(scope="module")
-def leaves():
-    return plan(read_config(MODEL))
+def leaves(base):
+    return plan(read_config(base))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +76,8 @@ def changed(before, after):
     return {path for path, array in before.items() if not np.array_equal(array, after[path])}
 
 
-def test_frozen_parts_stay_and_whole_parts_move_beside_adapters(run, recipe):
-    begun = flatten(vl2_jax.load(MODEL, dtype="float32").params)
+def test_frozen_parts_stay_and_whole_parts_move_beside_adapters(base, run, recipe):
+    begun = flatten(vl2_jax.load(base, dtype="float32").params)
     moved = changed(begun, flatten(run[1].params))
     targets = set(adapted_paths(recipe(), begun))
     assert {path for path in begun if path.startswith("projector/")} <= moved
@@ -89,13 +92,12 @@ def test_the_merged_export_is_the_trained_model(run, exported):
         np.testing.assert_allclose(export[path], array, atol=1e-7, err_msg=path)
 
 
-def test_whole_parts_are_exported_as_peft_names_them_and_come_back(run, exported, leaves):
+def test_whole_parts_are_exported_as_peft_names_them_and_come_back(base, run, exported, leaves):
     config = json.loads((exported[0] / "adapters" / CONFIG_FILE).read_text())
     assert config["modules_to_save"] == ["projector.layers.0", "projector.layers.2"]
-    assert config["base_model_name_or_path"] == str(MODEL)
+    assert config["base_model_name_or_path"] == str(base)
     read = read_adapters(exported[0] / "adapters", leaves)
-    base = flatten(vl2_jax.load(MODEL, dtype="float32").params)
-    merged = merge(base, read)
+    merged = merge(flatten(vl2_jax.load(base, dtype="float32").params), read)
     assert not changed(flatten(run[1].params), merged)
 
 
@@ -132,7 +134,7 @@ def test_nothing_of_the_adapters_is_lost_on_the_way(exported, recipe, lora, mess
         _begin(recipe(LORA | lora, adapters=str(exported[0] / "adapters")), None, silent)
 
 
-def test_a_run_without_adapters_of_its_own_begins_with_them_merged(run, exported, recipe, leaves):
+def test_a_run_without_adapters_of_its_own_begins_with_them_merged(base, run, exported, recipe, leaves):
     adapters = str(exported[0] / "adapters")
     described = recipe({}, ["vision/*", "language/*", "projector/*"], adapters=adapters)
     begun = _begin(described, None, silent)
@@ -141,7 +143,7 @@ def test_a_run_without_adapters_of_its_own_begins_with_them_merged(run, exported
     saved = {name_of("trained", path): np.asarray(array) for path, array in begun.state.trained.items()}
     dtypes = {leaf.path: np.dtype(np.float32) for leaf in leaves}
     groups = _trained_pieces(
-        described, MODEL, leaves, lambda names: {name: saved[name] for name in names}, dtypes, _Merged(), print
+        described, base, leaves, lambda names: {name: saved[name] for name in names}, dtypes, _Merged(), print
     )
     written = {path: array for group in groups for path, array in group.items()}
     assert not changed(flatten(run[1].params), written)
