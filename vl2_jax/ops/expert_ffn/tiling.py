@@ -96,7 +96,8 @@ def _fewest_calls(
             heights = (tall, *(h for h in ((384, 256, 128) if wide else (256, 128, 64, 32)) if h < tall - 16))
         floor, fixed = (128, 110) if wide else (40, 8)
         tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts)
-        if tiling.vmem > 0 and scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
+        kept = scratch(tiling, width, expert_width)
+        if tiling.vmem > 0 and kept.bytes + kept.spilled <= tiling.vmem:
             return tiling
     return None
 
@@ -189,6 +190,11 @@ class Scratch:
             ((IN_FLIGHT, move, self.width), "bfloat16"),  # x, arriving
             ((IN_FLIGHT, move, self.width), "bfloat16"),  # sums, leaving
         ]
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of vector memory for what does not fit in registers, at most."""
+        return _MIB
 
     @property
     def bytes(self) -> int:
