@@ -32,6 +32,7 @@ from vl2_jax.ops.expert_ffn.rows import (
     cut_experts,
     first_expert,
     gate_and_up,
+    in_pairs,
     list_experts,
     order_by_expert,
     part_of,
@@ -43,7 +44,8 @@ from vl2_jax.ops.expert_ffn.rows import (
 from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling, round_up
 
 _COLUMNS = 2 * LANES  # of one step of the products with transposed weights
-_UNIT = 16  # rows that one copy to HBM moves
+_UNIT = 16  # rows that one copy to HBM moves at least
+_UNITS = 8  # of these, one copy where there are so many: it costs a dozen instructions, whatever its size
 
 
 class BackwardScratch(Scratch):
@@ -55,6 +57,11 @@ class BackwardScratch(Scratch):
     @property
     def slack(self) -> int:
         return max(super().slack, self.gathered_a_gate_step * self.gate_steps)
+
+    @property
+    def spilled(self) -> int:
+        """Two steps in one body hold more: 485 registers of 4 KB with tiles of 384 rows (v5e), 343 with 448 (v6e)."""
+        return max(super().spilled, 5 * 1024 * self.tiling.heights[0])
 
     def vector_buffers(self, tokens: int) -> list[tuple[tuple[int, ...], str]]:
         """As in `Scratch`."""
@@ -196,13 +203,10 @@ def _kernel(
 
     # Rows of a tile leave for the weights' gradients.
 
-    def units_of(first, end):
-        return (end - first + _UNIT - 1) // _UNIT
-
-    def row_copies(streams, number, at, unit):
+    def row_copies(streams, number, at, first, size):
         """x, dout (0, 1) and the columns of a part of an expert (2): dgated, dupped, weighted hidden rows."""
         width, column = s.part_width, part_of(hit[number], s).first_column
-        here, there = (pl.ds(pl.multiple_of(begin + unit * _UNIT, _UNIT), _UNIT) for begin in (0, at))
+        here, there = (pl.ds(pl.multiple_of(begin + first, _UNIT), size) for begin in (0, at))
         columns, beside = (pl.ds(pl.multiple_of(i * s.expert_width + column, LANES), width) for i in range(2))
         ways = (
             [(x_tile.at[here], x_rows.at[there])],
@@ -215,23 +219,27 @@ def _kernel(
         )
         return [pltpu.make_async_copy(*way, rows_left.at[stream]) for stream in streams for way in ways[stream]]
 
+    def each_row_copy(streams, number, at, count, act):
+        """`act` on the copies of `count` rows, the last of which may bring rows of zeros with them."""
+        units, together = (count + _UNIT - 1) // _UNIT, min(_UNITS, heights[0] // _UNIT)
+
+        def each(size):
+            def act_on(piece, _):
+                for copy in row_copies(streams, number, at, piece * size, size):
+                    act(copy)
+                return 0
+
+            return act_on
+
+        lax.fori_loop(0, units // together, each(together * _UNIT), 0)
+        lax.fori_loop(units // together * together, units, each(_UNIT), 0)
+
     def send_rows(streams, place):
         at = starts[part_of(hit[place.number], s).expert] + place.row - offsets[place.number]
-
-        def send_unit(unit, _):
-            for copy in row_copies(streams, place.number, at, unit):
-                copy.start()
-            return 0
-
-        lax.fori_loop(0, units_of(place.row, place.end), send_unit, 0)
+        each_row_copy(streams, place.number, at, place.end - place.row, lambda copy: copy.start())
 
     def await_rows(stream, first, end):
-        def await_unit(unit, _):
-            for copy in row_copies((stream,), 0, 0, unit):
-                copy.wait()
-            return 0
-
-        lax.fori_loop(0, units_of(first, end), await_unit, 0)
+        each_row_copy((stream,), 0, 0, end - first, lambda copy: copy.wait())
 
     def are_new(place):
         """Rows of x and dout are the same for all parts of an expert."""
@@ -329,7 +337,7 @@ def _kernel(
             rows.put_out(product(partial_products, ride), outputs, step)
             return 0
 
-        lax.fori_loop(0, s.part_width // _COLUMNS, project_step, 0)
+        in_pairs(s.part_width // _COLUMNS, project_step)
         if s.part_width % _COLUMNS:
             project(slice(s.part_width - LANES, s.part_width), (s.gate_steps - 1,))
 
@@ -340,14 +348,14 @@ def _kernel(
 
         await_rows(2, place.previous, place.previous_end)
         pl.when(are_new(place))(lambda: await_rows(1, place.row, place.end))
-        lax.fori_loop(0, s.gate_steps, gate_step, 0)
+        in_pairs(s.gate_steps, gate_step)
         activate(height, place.number, s.gate_steps - 1)
         lane_sums_before[0:height, :] = jnp.broadcast_to(
             jnp.sum(lane_sums[0:height, :], axis=1, keepdims=True), (height, LANES)
         )
         send_rows((2,), place)
         pl.when(are_new(place))(lambda: await_rows(0, place.row, place.end))
-        lax.fori_loop(0, s.down_steps, dx_step, 0)
+        in_pairs(s.down_steps, dx_step)
 
     # All tiles, expert by expert.
 

@@ -331,6 +331,18 @@ def _tile_for(rows_left, tiling: Tiling):
     return kind, height
 
 
+def in_pairs(count: int, step: Callable):
+    """`step(i, 0)` for all i below `count`, two in one body: while the MXU empties after one, it fills for the next."""
+
+    def pair(i, _):
+        step(2 * i, 0)
+        return step(2 * i + 1, 0)
+
+    lax.fori_loop(0, count // 2, pair, 0)
+    if count % 2:
+        step(jnp.int32(count - 1), 0)
+
+
 def product_along(depth: int, partial_product: Callable, ride: Callable | None):
     """A product in partial ones along its depth, `partial_product(begin, size)`."""
     return product([functools.partial(partial_product, *piece) for piece in pieces_of(depth, PRODUCT_DEPTH)], ride)

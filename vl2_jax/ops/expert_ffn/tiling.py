@@ -89,14 +89,15 @@ def _fewest_calls(
         chunk = round_up(-(-rows // calls), 16)
         share = chunk * share_of_rows
         if share <= 64:
-            heights: tuple[int, ...] = (64, 32, 16)
+            heights: tuple[int, ...] = (64,) if wide else (64, 32, 16)
         else:
             tallest = min(512, share + 2.5 * math.sqrt(share)) if wide else min(384, share)
             tall = round_up(int(tallest), 32)
-            heights = (tall, *(h for h in ((384, 256, 128, 32) if wide else (256, 128, 64, 32)) if h < tall - 16))
+            heights = (tall, *(h for h in ((384, 256, 128) if wide else (256, 128, 64, 32)) if h < tall - 16))
         floor, fixed = (128, 110) if wide else (40, 8)
         tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts)
-        if tiling.vmem > 0 and scratch(tiling, width, expert_width).bytes <= tiling.vmem - _MIB:
+        kept = scratch(tiling, width, expert_width)
+        if tiling.vmem > 0 and kept.bytes + kept.spilled <= tiling.vmem:
             return tiling
     return None
 
@@ -189,6 +190,11 @@ class Scratch:
             ((IN_FLIGHT, move, self.width), "bfloat16"),  # x, arriving
             ((IN_FLIGHT, move, self.width), "bfloat16"),  # sums, leaving
         ]
+
+    @property
+    def spilled(self) -> int:
+        """Bytes of vector memory for what does not fit in registers, at most."""
+        return _MIB
 
     @property
     def bytes(self) -> int:

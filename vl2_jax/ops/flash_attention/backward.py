@@ -72,7 +72,10 @@ def backward(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (queries, keys, values)],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=chip_of_mesh().vmem - 2 * _MIB),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=chip_of_mesh().vmem - 2 * _MIB,
+            dimension_semantics=("parallel", "parallel", "arbitrary"),  # both cores of a v5p, heads are apart
+        ),
         name="flash_attention_gradients",
     )(kinds_of_blocks(segments, size).ravel(), queries, keys, values, dout, sums, delta, segments[:, None])
     by_head = (a.reshape(batch, length, heads, -1) for a in gradients)

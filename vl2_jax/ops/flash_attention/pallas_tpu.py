@@ -68,7 +68,10 @@ def forward(
             jax.ShapeDtypeStruct((batch, length, heads * value_width), values.dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=chip_of_mesh().vmem - 2 * _MIB),
+        compiler_params=pltpu.CompilerParams(
+            vmem_limit_bytes=chip_of_mesh().vmem - 2 * _MIB,
+            dimension_semantics=("parallel", "parallel", "arbitrary"),  # both cores of a v5p, heads are apart
+        ),
         name="flash_attention",
     )(kinds_of_blocks(segments, size).ravel(), queries, keys, values, segments[:, None])
     return out.reshape(batch, length, heads, value_width), sums

@@ -30,6 +30,7 @@ from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages, Pages, flat, 
 
 LANES = 128
 SLAB = 16  # rows of bfloat16 that are one tile of memory: less cannot be written
+_PIECE = 32  # rows of a page that is filled in part: 32 KB of latents, which a copy brings in less than its latency
 _NEVER = -1e30  # a score that is not looked at
 
 
@@ -214,20 +215,20 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
 
     count, steps = lax.fori_loop(0, positions.shape[0], list_sequence, (jnp.int32(0), jnp.int32(0)))
 
-    # Copies of blocks: of the pages that exist.
+    # Copies of blocks: of the pages that exist, and of a last page that is filled in part, of the rows that do.
 
     def page_of(sequence, number):
         at = sequence * per + number
         return at if table is None else table[at]
 
-    def existing(number):
-        """Pages of the block `number` in vector memory that are filled, at least in part."""
-        end = (positions[sequence_of[number]] + length - 1) // PAGE + 1
-        return jnp.minimum(end - block_of[number] * plan.pages, plan.pages)
+    def filled(number):
+        """Rows of the block `number` in vector memory; several new rows leave with their pages, which come whole."""
+        end = positions[sequence_of[number]] + length
+        end = end if length == 1 else (end + PAGE - 1) // PAGE * PAGE
+        return jnp.minimum(end - block_of[number] * size, size)
 
-    def page_copies(number, i):
-        page = page_of(sequence_of[number], block_of[number] * plan.pages + i)
-        return [pltpu.make_async_copy(p.at[page], b.at[number, i], arrived.at[number]) for p, b in zip(pages, blocks)]
+    def copy_of(number, p, b, page, i, rows=()):
+        return pltpu.make_async_copy(p.at[(page, *rows)], b.at[(number, i, *rows)], arrived.at[number])
 
     def block_copies(number):
         first = page_of(sequence_of[number], block_of[number] * plan.pages) if table is None else 0
@@ -237,11 +238,30 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         ]
 
     def each_page(number, do):
-        def body(i, _):
-            do(page_copies(number, i))
+        """`do` with the copies of every page, one after the other."""
+        rows = filled(number)
+        arrays = list(zip(pages, blocks))
+
+        def page_at(i):
+            return page_of(sequence_of[number], block_of[number] * plan.pages + i)
+
+        def whole(i, _):
+            do([copy_of(number, *array, page_at(i), i) for array in arrays])
             return 0
 
-        lax.fori_loop(0, existing(number), body, 0)
+        def piece(at, _):
+            i = rows // PAGE
+            do([copy_of(number, *array, page_at(i), i, _piece(array[1], at)) for array in arrays if _is_cut(array[1])])
+            return 0
+
+        lax.fori_loop(0, rows // PAGE, whole, 0)
+        if length == 1:
+
+            @pl.when(rows % PAGE > 0)
+            def _():
+                i = rows // PAGE
+                do([copy_of(number, *array, page_at(i), i) for array in arrays if not _is_cut(array[1])])
+                lax.fori_loop(0, pl.cdiv(rows % PAGE, _PIECE), piece, 0)
 
     def fetch(step, cursor):
         """Asks for the block at the cursor (index of an active sequence, block), and moves the cursor on."""
@@ -251,7 +271,7 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
         @pl.when(step < steps)
         def _():
             sequence_of[number], block_of[number] = active[index], block
-            is_full = existing(number) == plan.pages
+            is_full = filled(number) == size
 
             if table is None and per >= plan.pages:
                 pl.when(is_full)(lambda: _start(block_copies(number)))
@@ -262,18 +282,29 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
             # What never was filled may hold anything, of which a weight of 0 would make NaN.
             @pl.when((step < plan.blocks) & jnp.logical_not(is_full))
             def _():
+                rows = filled(number)
+
                 def clear(i, _):
                     for b in blocks:
                         b[number, i] = jnp.zeros(b.shape[2:], b.dtype)
                     return 0
 
-                lax.fori_loop(existing(number), plan.pages, clear, 0)
+                def clear_piece(at, _):
+                    for b in filter(_is_cut, blocks):
+                        part = b.at[(number, rows // PAGE, *_piece(b, at))]
+                        part[...] = jnp.zeros(part.shape, b.dtype)
+                    return 0
+
+                lax.fori_loop(pl.cdiv(rows, PAGE), plan.pages, clear, 0)
+                if length == 1:
+                    begin = jnp.where(rows % PAGE > 0, pl.cdiv(rows % PAGE, _PIECE), PAGE // _PIECE)
+                    lax.fori_loop(begin, PAGE // _PIECE, clear_piece, 0)
 
         ends = block + 1 == _blocks(active[jnp.minimum(index, count - 1)])
         return index + ends.astype(i32), jnp.where(ends, 0, block + 1)
 
     def await_block(number):
-        is_full = existing(number) == plan.pages
+        is_full = filled(number) == size
         if per >= plan.pages:
             pl.when(is_full)(lambda: _await(block_copies(number)))
             pl.when(jnp.logical_not(is_full))(lambda: each_page(number, _await))
@@ -375,6 +406,17 @@ def _kernel(*refs, form, counts, per, length, scale, plan):
             return carry
 
         lax.fori_loop(0, count, await_rows, 0)
+
+
+def _is_cut(block):
+    """Whether a page's rows stand one below the other, so that the first of them can be brought alone."""
+    return block.shape[-2] == PAGE
+
+
+def _piece(block, at):
+    """Where in a page a piece of its rows is."""
+    rows = pl.ds(pl.multiple_of(at * _PIECE, _PIECE), _PIECE)
+    return (*[slice(None)] * (len(block.shape) - 4), rows, slice(None))
 
 
 def _start(copies):

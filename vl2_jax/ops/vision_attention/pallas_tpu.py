@@ -50,7 +50,7 @@ def vision_attention(qkv: Float[Array, "I L 3W"], heads: int) -> Float[Array, "I
         in_specs=[pl.BlockSpec((1, length, 3 * width), lambda tile: (tile, 0, 0))],
         out_specs=pl.BlockSpec((1, length, width), lambda tile: (tile, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((tiles, length, width), qkv.dtype),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=_VMEM, dimension_semantics=("parallel",)),
         name="vision_attention",
     )(qkv)
 
