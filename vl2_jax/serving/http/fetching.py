@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from vl2_jax.errors import ImageError, shown
+from vl2_jax.errors import ImageError, RequestError, shown
 from vl2_jax.processing.sources import format_of
 from vl2_jax.serving.http.problems import Problem
 
@@ -75,6 +75,14 @@ def read_address(text: str, allowed: Collection[str]) -> Address:
         raise _refused(f"pictures of {shown(parts.hostname)} are not fetched by this server; send the picture itself.")
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return Address(parts.scheme, parts.hostname, _PORTS[parts.scheme], target)
+
+
+def check_domain(name: str) -> None:
+    """Raises RequestError for what is no name of a host."""
+    if not _HOST.fullmatch(name):
+        raise RequestError(
+            f"--allowed-media-domains is {shown(name)}; expected the name of a host: images.example.org."
+        )
 
 
 def _refused(message: str) -> Problem:
