@@ -14,6 +14,8 @@ from vl2_jax.processing.batch import Processor
 from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.serving.requests import Failed, Finished, Limits, Load, Piece, Request, Stage, Started, Token
 
+UNLIKELY = -2.0  # log-probability of the likeliest alternative
+
 
 @dataclass
 class Job:
@@ -119,7 +121,7 @@ class ScriptedEngine:
         if number == 0:
             job.listener(Started(reused_tokens=min(3, len(job.request.prompt))))
         id_ = job.ids[min(number, len(job.ids) - 1)]
-        others = tuple((other, -2.0 - other) for other in range(job.request.top_logprobs))
+        others = tuple((other, UNLIKELY - other) for other in range(job.request.top_logprobs))
         text = writer.push(id_, -0.5)
         if writer.finished:
             text += writer.close()

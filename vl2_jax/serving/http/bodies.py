@@ -137,8 +137,6 @@ def read_body(kind: type[Kind], data: bytes) -> Kind:
       Problem: status 400; it is no JSON, goes too deep, lacks something, is out of bounds or cannot be honoured.
     """
     given = _json(data)
-    if not isinstance(given, dict):
-        raise Problem(400, f"the body of a request must be a JSON object, got {shown(given)}.")
     try:
         body = kind.model_validate(given)
     except ValidationError as error:
@@ -147,7 +145,7 @@ def read_body(kind: type[Kind], data: bytes) -> Kind:
     return body
 
 
-def _json(data: bytes) -> Any:
+def _json(data: bytes) -> dict[str, Any]:
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MOST_VALUES:
         raise Problem(400, f"the body of a request holds more than {_MOST_VALUES:,} values; send less.")
     try:
@@ -156,6 +154,8 @@ def _json(data: bytes) -> Any:
         raise
     except (ValueError, RecursionError):
         raise Problem(400, f"the body of a request must be JSON, got {shown(data[:60].decode('latin-1'))}.") from None
+    if not isinstance(found, dict):
+        raise Problem(400, f"the body of a request must be a JSON object, got {shown(found)}.")
     _check_depth(found)
     return found
 
