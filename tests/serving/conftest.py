@@ -12,7 +12,10 @@ from vl2_jax.processing.batch import Processor
 from vl2_jax.serving.http.server import Server, bind
 from vl2_jax.serving.http.service import Service, Settings
 
+from ..cli.conftest import typed
 from .scripted import ScriptedEngine
+
+__all__ = ["typed"]  # a fixture
 
 NAME = "vl2-nano"
 

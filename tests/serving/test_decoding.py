@@ -3,11 +3,13 @@
 import asyncio
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import struct
+import threading
 import time
 import zlib
 from dataclasses import replace
@@ -99,7 +101,14 @@ def test_a_name_of_a_file_is_no_picture(processor, text):
 
 
 def test_what_pillow_says_of_a_damaged_file_is_not_told(processor):
-    for file in (b"", b"\x89PNG\r\n\x1a\n", png()[:60], png(kind="JPEG")[:200], png(kind="GIF")[:20], b"RIFF" + b"\0" * 40):
+    for file in (
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        png()[:60],
+        png(kind="JPEG")[:200],
+        png(kind="GIF")[:20],
+        b"RIFF" + b"\0" * 40,
+    ):
         with pytest.raises(VL2Error) as caught:
             encode(processor, LIMITS, ONE, [file])
         assert re.fullmatch(r"picture 1 (is damaged or not|cannot be|has).*", str(caught.value))
@@ -152,8 +161,8 @@ def mutated(file: bytes, rng: random.Random) -> bytes:
 def files(rng: random.Random) -> list[bytes]:
     noise = Image.fromarray(np.frombuffer(rng.randbytes(60 * 80 * 3), np.uint8).reshape(60, 80, 3))
     made = []
-    for kind, options in (("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("PNG", {"optimize": True}),
-                          ("JPEG", {"progressive": True}), ("WEBP", {"lossless": True})):  # fmt: skip
+    kinds = [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("PNG", {"optimize": True})]
+    for kind, options in [*kinds, ("JPEG", {"progressive": True}), ("WEBP", {"lossless": True})]:
         file = io.BytesIO()
         noise.save(file, kind, **options)
         made.append(file.getvalue())
@@ -165,12 +174,13 @@ def check_hostile(decoders, count: int, seed: int) -> None:
     good, seen = files(rng), 0
     for number in range(count):
         file = mutated(good[number % len(good)], rng)
-        begun = time.perf_counter()
+        begun, told = time.perf_counter(), ""
         try:
             seen += len(decoded(decoders, file).tiles) > 0
         except VL2Error as error:
-            assert len(str(error)) < 250
-            assert "0x" not in str(error)
+            told = str(error)
+        assert len(told) < 250
+        assert "0x" not in told
         assert time.perf_counter() - begun < 5  # seconds, on a machine that is busy
     assert 0 < seen < count
 
@@ -196,7 +206,7 @@ def test_a_decoder_that_hangs_loses_one_request(processor):
     try:
         decoded(made, png())
         os.kill(made._processes[0]._process.pid, signal.SIGSTOP)
-        with pytest.raises(ImageError, match="take longer than 0.3 s"):
+        with pytest.raises(ImageError, match="take longer than"):
             decoded(made, png())
         assert len(decoded(made, png()).tiles) == 1
     finally:
@@ -234,17 +244,23 @@ def test_a_process_that_was_ended_between_requests_is_not_missed(processor):
         made.close()
 
 
-def test_a_process_has_little_memory(processor):
-    """A picture within the limit of pixels needs more than a process may take: the request fails, the process goes on."""
-    made = Decoders(processor, PictureLimits(pixels=2 * 10**9, all_pixels=2 * 10**9), processes=1)
+def test_a_picture_that_takes_more_memory_than_a_process_has_loses_one_request(processor):
+    made = Decoders(processor, replace(LIMITS, memory=64 << 20), processes=1)
     try:
-        with pytest.raises(ImageError):
-            decoded(made, header_of_png(40_000, 25_000))
+        assert len(decoded(made, png()).tiles) == 1
         pid = made._processes[0]._process.pid
+        with pytest.raises(ImageError):
+            decoded(made, png((6000, 6000)))
         assert len(decoded(made, png()).tiles) == 1
         assert made._processes[0]._process.pid == pid
     finally:
         made.close()
+
+
+@pytest.mark.slow
+def test_the_largest_pictures_are_seen_in_the_memory_and_time_that_they_have(decoders):
+    for mode, size in (("RGBA", (8000, 5000)), ("RGB", (8000, 5000)), ("LA", (5000, 8000))):
+        assert len(decoded(decoders, png(size, 0, mode=mode)).tiles) > 0
 
 
 def test_what_waits_for_a_decoder_is_bounded(processor):
@@ -277,14 +293,11 @@ def test_text_is_answered_while_pictures_take_long(make_server):
 
 
 def test_frames_between_processes_are_json_and_bare_arrays(processor):
-    class Pipe:
-        sent: list[bytes] = []
-
-        def send_bytes(self, data):
-            self.sent.append(data)
-
-    decoding._send(Pipe(), encode(processor, LIMITS, ONE, [png()]))
-    head, *arrays = Pipe.sent
+    ours, theirs = multiprocessing.Pipe()
+    sending = threading.Thread(target=decoding._send, args=(theirs, encode(processor, LIMITS, ONE, [png()])))
+    sending.start()
+    head, *arrays = (ours.recv_bytes() for _ in range(6))
+    sending.join()
     told = json.loads(head)["arrays"]
     assert list(told) == ["input_ids", "labels", "visual_index", "tiles", "crops"]
     assert [len(data) for data in arrays] == [np.dtype(d).itemsize * int(np.prod(s)) for d, s in told.values()]

@@ -75,7 +75,7 @@ def told(answer, status: int) -> dict:
         ({"model": ...}, "model"),
         ({"model": 3}, "model"),
     ],
-    ids=lambda value: (json.dumps(value, default=str)[:50] if isinstance(value, dict) else None),
+    ids=lambda value: json.dumps(value, default=str)[:50] if isinstance(value, dict) else None,
 )
 def test_what_is_out_of_bounds_is_named(client, server, changes, param):
     asked = len(server.engine.requests)
@@ -115,8 +115,10 @@ def test_what_would_change_the_answer_silently_is_refused(client, changes):
 def test_what_asks_for_nothing_is_accepted(client):
     nothing = {
         "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"], "best_of": 1,
-        "echo": False, "user": "me", "metadata": {"a": "b"}, "store": False, "chat_template_kwargs": {"thinking": False},
-        "skip_special_tokens": True, "presence_penalty": None, "frequency_penalty": 0, "logit_bias": {}, "min_tokens": 0,
+        "echo": False, "user": "me", "metadata": {"a": "b"}, "store": False,
+        "chat_template_kwargs": {"thinking": False},
+        "skip_special_tokens": True, "presence_penalty": None, "frequency_penalty": 0, "logit_bias": {},
+        "min_tokens": 0,
         "stop": None, "stop_token_ids": [], "seed": None, "top_logprobs": 0, "stream_options": None,
     }  # fmt: skip
     assert ask(client, **nothing).status_code == 200
@@ -132,7 +134,8 @@ def test_unknown_fields_are_accepted_and_logged_once(client, caplog):
 @pytest.mark.parametrize(
     "data",
     [b"", b"{", b"null", b"[]", b"\xff\xfe", b'{"model": NaN}', b'{"a": Infinity}', b"[" * 5000, b"[" * 900_000,
-     b'{"a":' * 200 + b"1" + b"}" * 200, b"[" + b"0," * 1_000_001 + b"0]", b'{"a": 1' + b"0" * 5000 + b"}", b'"\\ud800"'],
+     b'{"a":' * 200 + b"1" + b"}" * 200, b"[" + b"0," * 1_000_001 + b"0]", b'{"a": 1' + b"0" * 5000 + b"}",
+     b'"\\ud800"'],
     ids=lambda data: repr(data[:16]),
 )  # fmt: skip
 def test_what_is_no_object_of_json_is_refused(client, data):

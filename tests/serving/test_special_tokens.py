@@ -14,8 +14,10 @@ from vl2_jax.serving.http.conversations import read_conversation
 
 WORDS = (
     "<image>", "\\<image>", "<|User|>", "<|Assistant|>", "<|begin▁of▁sentence|>", "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<|end_of_text|>", "<image_placeholder>", "<|im_start|>", "[INST]", "</s>", "\\",
-    "\n\n", ": ", " ", "a", "漢", "😀", "\u200b", "User:", "<", ">", "|", "｜", "<<image>>", "<ima", "ge>", "<|Us", "er|>",
+    "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<|end_of_text|>", "<image_placeholder>", "<|im_start|>", "[INST]", "</s>",
+    "\\",
+    "\n\n", ": ", " ", "a", "漢", "😀", "\u200b", "User:", "<", ">", "|", "｜", "<<image>>", "<ima", "ge>", "<|Us",
+    "er|>",
 )  # fmt: skip
 PICTURE = Image.new("RGB", (4, 4))
 

@@ -36,7 +36,6 @@ _ARRAYS = ("input_ids", "labels", "visual_index", "tiles", "crops")
 _ERRORS: tuple[type[VL2Error], ...] = (ImageError, ConversationError, RequestError)
 _SECONDS_TO_START = 120.0  # a process on a machine that is busy compiling
 _SECONDS_UNTIL_FREE = 2.0  # after which a client that was refused may ask again
-_MEMORY = 2 << 30  # bytes that decoding may take beyond what a process has from its start: 40 megapixels take 0.7 GB
 _YIELDS = 5  # of nice: text goes on at its pace while pictures are decoded
 
 
@@ -50,6 +49,7 @@ class PictureLimits:
       all_pixels: of all pictures of a request together.
       aspect: of the longer to the shorter side, at most.
       seconds: for all pictures of a request, from the first header to the last tile.
+      memory: bytes that decoding may take beyond what its process has from its start; 40 megapixels take 0.7 GB.
     """
 
     most: int = 16
@@ -57,6 +57,7 @@ class PictureLimits:
     all_pixels: int = 80_000_000
     aspect: float = 200.0
     seconds: float = 20.0
+    memory: int = 2 << 30
 
 
 class Decoders:
@@ -181,7 +182,7 @@ def _work(pipe: Connection, processor: Processor, limits: PictureLimits) -> None
     """The life of a process: it ends with whoever started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which drains
     os.nice(_YIELDS)
-    _limit_memory(_MEMORY)
+    _limit_memory(limits.memory)
     pipe.send_bytes(b"ready")
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -19,6 +19,7 @@ from vl2_jax.serving.http.service import Service
 
 log = logging.getLogger("vl2_jax.serving")
 
+MOST_HEADER_BYTES = 16 << 10
 OPEN = ("/health", "/ping", "/ready")  # what load balancers ask, without a key
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -66,6 +67,9 @@ class Door:
 
     def _let_in(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, Problem | None]:
         """The number of the caller's key, or why it is not let in."""
+        if sum(len(name) + len(value) for name, value in headers.items()) > MOST_HEADER_BYTES:
+            told = f"the headers of the request hold more than {MOST_HEADER_BYTES:,} bytes; send fewer."
+            return 0, Problem(400, told, code="invalid_http")
         hosts = self._service.settings.hosts
         host = re.sub(rb":\d*$", b"", headers.get(b"host", b"")).decode("latin-1").lower()
         if hosts is not None and host not in hosts:

@@ -20,7 +20,7 @@ from vl2_jax.errors import RequestError, VL2Error, shown
 from vl2_jax.processing.batch import Processor
 from vl2_jax.progress import Report
 from vl2_jax.serving.http.app import make_app
-from vl2_jax.serving.http.door import respond
+from vl2_jax.serving.http.door import MOST_HEADER_BYTES, respond
 from vl2_jax.serving.http.problems import Problem
 from vl2_jax.serving.http.service import Service
 from vl2_jax.serving.requests import Serves
@@ -29,7 +29,6 @@ log = logging.getLogger("vl2_jax.serving")
 
 Load = Callable[[Report], tuple[Serves, Processor]]
 
-_HEADER_BYTES = 16 << 10
 _IDLE_SECONDS = 75  # of a connection between requests: longer than proxies keep theirs, so that they close first
 _FIRST_SECONDS = 30.0  # until the headers of a connection's first request are here
 _WAITING_CONNECTIONS = 2048
@@ -105,7 +104,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=_HEADER_BYTES,
+            h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=5,
             callback_notify=self._check,
