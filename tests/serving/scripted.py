@@ -48,6 +48,7 @@ class ScriptedEngine:
     stage: Stage = field(default_factory=lambda: Stage("ready"))
 
     def __post_init__(self) -> None:
+        self.context = self.limits.context or self.context
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.requests: list[Request] = []
@@ -69,7 +70,7 @@ class ScriptedEngine:
         if self.stage.name != "ready":
             raise ClosedError("the engine takes no requests any more.")
         with self._lock:
-            if len(self.waiting) >= self.limits.max_waiting:
+            if len(self.running) + len(self.waiting) - self.limits.max_running >= self.limits.max_waiting:
                 raise OverloadedError(f"{len(self.waiting)} requests wait; try again.", 0.5)
             says = self.script(request)
             text = "fails at once or later" if isinstance(says, Exception) else says

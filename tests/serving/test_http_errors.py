@@ -278,3 +278,11 @@ def test_messages_hold_nothing_long_of_the_callers(client):
     for messages in (question({"type": "image_url", "image_url": {"url": text}}), [{"role": text, "content": "x"}]):
         answer = ask(client, messages=messages)
         assert len(answer.text) < 600
+
+
+def test_a_body_of_thirty_megabytes_is_answered(client, server):
+    """Harnesses send pictures as they are, base64 in one body."""
+    large = png((3000, 2500), kind="BMP")
+    answer = ask(client, messages=question(part(large), "?"))
+    assert answer.status_code == 200, answer.text
+    assert server.engine.requests[-1].prompt.image_sizes == ((3000, 2500),)

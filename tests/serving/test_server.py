@@ -16,7 +16,7 @@ from vl2_jax.cli import main
 from vl2_jax.errors import RequestError
 from vl2_jax.serving.http.server import Server, bind, is_loopback
 from vl2_jax.serving.http.service import Service, Settings
-from vl2_jax.serving.requests import Stage
+from vl2_jax.serving.requests import Limits, Stage
 
 from .conftest import NAME, ask, wait_until
 from .pictures import png
@@ -197,7 +197,7 @@ def test_flags_become_settings(tmp_path, monkeypatch, capsys):
     limits = given["limits"]
     assert (limits.max_running, limits.max_waiting, limits.max_waiting_tokens, limits.pages) == (3, 4, 5, 6)
     assert not limits.prefix_cache
-    assert (given["context"], given["pictures"].most, given["most_body"]) == (512, 2, 2048)
+    assert (limits.context, given["pictures"].most, given["most_body"]) == (512, 2, 2048)
     assert given["honor_detail"]
     assert given["media_domains"] == {"x.org"}
     assert given["hosts"] is None
@@ -224,7 +224,7 @@ def test_whether_others_can_reach_a_host(host, local):
 
 
 def test_a_context_that_was_shortened_is_kept_to(make_server):
-    with make_server(context=40) as running, running.client() as client:
+    with make_server(limits=Limits(context=40)) as running, running.client() as client:
         ask(client)
         request = running.engine.requests[-1]
         assert request.options.max_tokens == 40 - len(request.prompt) + 1

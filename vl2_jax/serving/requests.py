@@ -121,6 +121,7 @@ class Limits:
       max_running: requests that are decoded at once.
       max_waiting: requests that wait; a further one is refused.
       max_waiting_tokens: positions of prompts that wait, likewise; `None` is no limit.
+      context: positions that a prompt and its answer may have together; `None` is the model's.
       pages: of the cache; `None` is as many as `max_running` requests of the whole context need, or as memory allows.
       prefix_cache: prompts that begin alike share what was computed.
     """
@@ -128,6 +129,7 @@ class Limits:
     max_running: int = 16
     max_waiting: int = 256
     max_waiting_tokens: int | None = None
+    context: int | None = None
     pages: int | None = None
     prefix_cache: bool = True
 

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vl2_jax import __version__
 from vl2_jax.errors import OverloadedError, VL2Error
+from vl2_jax.processing.batch import Encoded
 from vl2_jax.serving.http.answering import Answers, ClientGone, collected, while_connected
 from vl2_jax.serving.http.bodies import Body, ChatBody, CompletionBody, Kind, read_body
 from vl2_jax.serving.http.door import Door, respond
@@ -26,7 +27,6 @@ from vl2_jax.serving.http.problems import MISSING, Problem, as_event, problem_of
 from vl2_jax.serving.http.replies import ChatReplies, Head, Replies, TextReplies, usage
 from vl2_jax.serving.http.service import Service, unknown_model
 from vl2_jax.serving.requests import Finished, Piece, Started
-from vl2_jax.serving.requests import Request as Wanted
 
 log = logging.getLogger("vl2_jax.serving")
 
@@ -48,19 +48,20 @@ def make_app(service: Service) -> ASGIApp:
         async with intake.body(request) as data:
             body = read_body(kind, data)
             wanted = await while_connected(request, service.requests(body, request.state.caller))
-        engine, processor = service.ready()
-        answers = Answers(engine, wanted, service.metrics.watch(wanted, arrived))
+            reply = replies(service.ready()[1].tokenizer, body.alternatives)
+            prompts = [one.prompt for one in wanted[:: body.n or 1]]
+            is_stream, includes_usage = body.stream, body.includes_usage
+            del body, data  # megabytes of pictures, which nobody needs while the answer is written
+        answers = Answers(service.ready()[0], wanted, service.metrics.watch(wanted, arrived))
         head = Head(service.settings.names[0], service.fingerprint, replies.prefix)
-        reply = replies(processor.tokenizer, body.alternatives)
-        if body.stream:
-            return _Stream(answers, events(answers, wanted, head, reply, body), service)
+        if is_stream:
+            content = events(answers, len(wanted), head, reply, prompts if includes_usage else None)
+            return _Stream(answers, content, service)
         try:
             choices = await while_connected(request, collected(answers, len(wanted)))
         finally:
             answers.cancel()
-        told = usage(
-            _prompts(wanted, body), sum(len(c.finished.token_ids) for c in choices), sum(c.reused for c in choices[:1])
-        )
+        told = usage(prompts, sum(len(c.finished.token_ids) for c in choices), choices[0].reused)
         return JSONResponse(head.object(reply.kind, [reply.choice(n, c) for n, c in enumerate(choices)], usage=told))
 
     @api.post("/v1/chat/completions", openapi_extra=_described(ChatBody))
@@ -131,17 +132,21 @@ def make_app(service: Service) -> ASGIApp:
 
 
 async def events(
-    answers: Answers, wanted: list[Wanted], head: Head, reply: Replies, body: Body
+    answers: Answers, choices: int, head: Head, reply: Replies, prompts: list[Encoded] | None
 ) -> AsyncIterator[bytes]:
-    """Server-sent events of a stream: openings, pieces, endings, the usage where it is wanted, and `[DONE]`."""
-    usage_of_chunks: dict[str, Any] = {"usage": None} if body.includes_usage else {}
+    """Server-sent events of a stream: openings, pieces, endings, the usage and `[DONE]`.
+
+    Args:
+      prompts: whose tokens the usage counts; `None` where it is not wanted.
+    """
+    usage_of_chunks: dict[str, Any] = {} if prompts is None else {"usage": None}
 
     def chunk(choice: dict[str, Any]) -> bytes:
         return _event(head.object(reply.chunk_kind, [choice], **usage_of_chunks))
 
     new_tokens = cached = 0
     try:
-        for number in range(len(wanted)):
+        for number in range(choices):
             if opening := reply.opening(number):
                 yield chunk(opening)
         async for number, event in answers:
@@ -152,8 +157,8 @@ async def events(
             elif isinstance(event, Finished):
                 new_tokens += len(event.answer.token_ids)
                 yield chunk(reply.closing(number, event.answer))
-        if body.includes_usage:
-            told = usage(_prompts(wanted, body), new_tokens, cached)
+        if prompts is not None:
+            told = usage(prompts, new_tokens, cached)
             yield _event(head.object(reply.chunk_kind, [], usage=told))
     except Exception as error:  # the status was sent: the stream tells it
         problem = problem_of(error)
@@ -232,13 +237,8 @@ def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + text.translate(_BREAKS).encode() + b"\n\n"
 
 
-def _prompts(wanted: list[Wanted], body: Body) -> list[Any]:
-    return [request.prompt for request in wanted[:: body.n or 1]]
-
-
 def _model(service: Service, name: str) -> dict[str, Any]:
-    limit = service.settings.context
-    context = min(service.engine.context, limit or service.engine.context) if service.engine else limit
+    context = service.engine.context if service.engine else service.settings.limits.context
     permission = {
         "id": f"modelperm-{name}", "object": "model_permission", "created": service.created, "organization": "*",
         "group": None, "is_blocking": False, "allow_create_engine": False, "allow_sampling": True,

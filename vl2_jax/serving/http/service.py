@@ -42,7 +42,6 @@ class Settings:
       pictures: what is decoded.
       media_domains: hosts whose pictures are fetched; none are fetched by default.
       defaults: of sampling.
-      context: positions that a prompt and its answer may have, where that is fewer than the engine's.
       honor_detail: pictures of detail "low" are seen as one tile.
       hosts: names in the Host header that are answered; `None` is any.
       most_body: bytes of a request.
@@ -55,7 +54,6 @@ class Settings:
     pictures: PictureLimits = PictureLimits()
     media_domains: frozenset[str] = frozenset()
     defaults: Defaults = OPENAI
-    context: int | None = None
     honor_detail: bool = False
     hosts: frozenset[str] | None = None
     most_body: int = 32 << 20
@@ -107,14 +105,15 @@ class Service:
     def is_full(self) -> bool:
         """Whether so many requests wait that another one is refused."""
         limits, load = self.settings.limits, self.engine.load if self.engine else Load()
+        would_wait = load.running + load.waiting + 1 - limits.max_running
         most_tokens = limits.max_waiting_tokens
         is_long = most_tokens is not None and load.waiting_tokens >= most_tokens
-        return load.waiting >= limits.max_waiting or is_long
+        return would_wait > limits.max_waiting or (would_wait > 0 and is_long)
 
     @property
     def context(self) -> int:
         engine, _ = self.ready()
-        return min(engine.context, self.settings.context or engine.context)
+        return engine.context
 
     @property
     def fingerprint(self) -> str:
