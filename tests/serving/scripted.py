@@ -17,7 +17,7 @@ from vl2_jax.serving.requests import Failed, Finished, Limits, Load, Piece, Requ
 UNLIKELY = -2.0  # log-probability of the likeliest alternative
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     request: Request
     listener: Callable
