@@ -19,6 +19,7 @@ from vl2_jax.installation import install_line
 from vl2_jax.progress import Display, Report
 from vl2_jax.sharding.devices import Devices
 
+_USUAL_SEQUENCES = 16
 _LARGEST_KEY_FILE = 1 << 16
 
 
@@ -28,7 +29,7 @@ class EngineFlags:
 
     Attributes:
       max_model_len: Tokens that a prompt and its answer may have together; by default the model's context.
-      max_num_seqs: Answers that are written at once.
+      max_num_seqs: Answers that are written at once; by default 16, or as many as memory holds the cache of.
       max_num_queued_reqs: Requests that wait; a further one gets 429 and asks again later.
       max_num_queued_tokens: Tokens of prompts that wait, likewise; by default no limit.
       num_pages: Pages of the cache; by default as many as --max-num-seqs whole contexts need, or as memory holds.
@@ -36,7 +37,7 @@ class EngineFlags:
     """
 
     max_model_len: int | None = None
-    max_num_seqs: int = 16
+    max_num_seqs: int | None = None
     max_num_queued_reqs: int = 256
     max_num_queued_tokens: int | None = None
     num_pages: int | None = None
@@ -99,7 +100,7 @@ def serve(
         from vl2_jax.serving.http.service import Service
     except ModuleNotFoundError as error:
         raise VL2Error(f"serving needs {error.name!r}: {install_line('serve')}") from None
-    settings = _settings(model, engine, door)  # what is wrong is told before a port is taken and weights are read
+    settings = _settings(model, engine, door, mesh)  # what is wrong is told before a port is taken and weights are read
     options = model.options(Devices(mesh))
     listener = server.bind(door.host, door.port)
     host, port = listener.getsockname()[:2]
@@ -125,9 +126,10 @@ def serve(
         server.run(Service(settings), listener, load, door.drain_seconds, display)
 
 
-def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags) -> Any:
+def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:
     from vl2_jax.api import find_model
     from vl2_jax.config import read_config
+    from vl2_jax.serving.fitting import most_sequences
     from vl2_jax.serving.http import fetching
     from vl2_jax.serving.http.decoding import PictureLimits
     from vl2_jax.serving.http.door import names_of_loopback
@@ -146,14 +148,18 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags) -
     domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
     for domain in domains:
         fetching.check_domain(domain)
-    context = read_config(find_model(model.model)).language_config.max_position_embeddings
+    config = read_config(find_model(model.model))
+    context = config.language_config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > context:
         raise RequestError(f"--max-model-len is {engine.max_model_len}; the model's context holds {context}.")
+    # On a mesh, and with pages that were counted by hand, memory is the caller's to know.
+    is_told = mesh is None and engine.num_pages is None
+    fitting = most_sequences(config, model.dtype, engine.max_model_len or context) if is_told else None
     return Settings(
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,
         limits=Limits(
-            max_running=engine.max_num_seqs,
+            max_running=_sequences(engine.max_num_seqs, fitting, engine.max_model_len or context),
             max_waiting=engine.max_num_queued_reqs,
             max_waiting_tokens=engine.max_num_queued_tokens,
             context=engine.max_model_len,
@@ -167,6 +173,21 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags) -
         hosts=frozenset(names_of_loopback(door.host)) if is_loopback(door.host) and not keys else None,
         most_body=door.max_body_bytes,
     )
+
+
+def _sequences(wanted: int | None, fitting: int | None, context: int) -> int:
+    """Answers that are written at once, of which memory holds so many.
+
+    Raises:
+      RequestError: more are wanted, or not even one fits beside the weights.
+    """
+    if fitting is not None and fitting < (wanted or 1):
+        smaller = f"use --max-num-seqs {fitting}, or" if fitting else "use a smaller model, or"
+        raise RequestError(
+            f"memory holds the weights and {fitting} answer(s) of {context} tokens, and {wanted or 1} are wanted; "
+            f"{smaller} a smaller --max-model-len."
+        )
+    return wanted or min(_USUAL_SEQUENCES, fitting or _USUAL_SEQUENCES)
 
 
 def _check_at_least(least: int, flags: Any, *names: str) -> None:
