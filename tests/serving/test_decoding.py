@@ -19,12 +19,14 @@ import psutil
 import pytest
 from PIL import Image
 
-from vl2_jax.errors import ImageError, OverloadedError, RequestError, VL2Error
+from vl2_jax.errors import ImageError, RequestError, VL2Error
 from vl2_jax.serving.http import decoding
 from vl2_jax.serving.http.decoding import Decoders, PictureLimits, encode
+from vl2_jax.serving.requests import Limits
 
-from .conftest import ask, wait_until
+from .conftest import NAME, ask, wait_until
 from .pictures import part, png, question
+from .test_http_streams import raw
 
 ONE = [{"role": "user", "content": "<image>\n?", "images": [0]}, {"role": "assistant", "content": "", "images": []}]
 LIMITS = PictureLimits()
@@ -263,17 +265,26 @@ def test_the_largest_pictures_are_seen_in_the_memory_and_time_that_they_have(dec
         assert len(decoded(decoders, png(size, 0, mode=mode)).tiles) > 0
 
 
-def test_what_waits_for_a_decoder_is_bounded(processor):
-    made = Decoders(processor, LIMITS, processes=1, waiting=2)
+def test_what_waits_to_be_read_takes_places_of_the_queue(make_server, monkeypatch):
+    """So a request is refused at once, and not after its pictures were decoded."""
 
-    async def many():
-        results = await asyncio.gather(*(made.encode(ONE, [png()]) for _ in range(5)), return_exceptions=True)
-        return [type(result) for result in results].count(OverloadedError)
+    async def for_ever(*_):
+        await asyncio.sleep(60)
 
-    try:
-        assert asyncio.run(many()) == 3
-    finally:
-        made.close()
+    with make_server(limits=Limits(max_running=2, max_waiting=1)) as running, running.client() as client:
+        monkeypatch.setattr(running.service.decoders, "encode", for_ever)
+        body = {"model": NAME, "messages": question(part(), "?")}
+        waiting = [raw(running, body) for _ in range(3)]
+        wait_until(lambda: client.get("/ready").status_code == 503)
+        begun = time.perf_counter()
+        assert ask(client).status_code == 429
+        assert time.perf_counter() - begun < 1
+        for connection in waiting:
+            connection.close()
+        wait_until(lambda: running.service._being_read == 0)
+        assert client.get("/ready").status_code == 200
+        assert ask(client, n=3).status_code == 200
+        assert ask(client, n=4).status_code == 429
 
 
 def test_text_is_answered_while_pictures_take_long(make_server):

@@ -46,6 +46,7 @@ def make_app(service: Service) -> ASGIApp:
     async def complete(request: Request, kind: type[Kind], replies: type[Replies]) -> Response:
         arrived = time.perf_counter()
         async with intake.body(request) as data:
+            service.check_room()
             body = read_body(kind, data)
             wanted = await while_connected(request, service.requests(body, request.state.caller))
             reply = replies(service.ready()[1].tokenizer, body.alternatives)
@@ -93,7 +94,7 @@ def make_app(service: Service) -> ASGIApp:
         told = {"stage": stage.name, "phase": stage.phase, "share": round(stage.share, 3)}
         try:
             service.ready()
-            if service.is_full:
+            if service.is_full():
                 raise Problem(503, "as many requests wait as this server lets wait.", "server_error", code="overloaded")
         except Problem as problem:
             return respond(Problem(503, problem.message, "server_error", code="not_ready"), told)

@@ -50,8 +50,7 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
 _HARMLESS = {  # known, and without meaning here
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "prediction", "safety_identifier",
     "prompt_cache_key", "skip_special_tokens", "spaces_between_special_tokens", "add_generation_prompt",
-    "continue_final_message", "chat_template_kwargs", "priority", "request_id", "tool_choice", "functions",
-    *_NOT_HONOURED,
+    "continue_final_message", "chat_template_kwargs", "priority", "request_id", *_NOT_HONOURED,
 }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vl2_jax.errors import ConversationError, ImageError, OverloadedError, RequestError, VL2Error
+from vl2_jax.errors import ConversationError, ImageError, RequestError, VL2Error
 from vl2_jax.processing.batch import Encoded, Processor
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.sources import content_of
@@ -35,7 +35,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _ARRAYS = ("input_ids", "labels", "visual_index", "tiles", "crops")
 _ERRORS: tuple[type[VL2Error], ...] = (ImageError, ConversationError, RequestError)
 _SECONDS_TO_START = 120.0  # a process on a machine that is busy compiling
-_SECONDS_UNTIL_FREE = 2.0  # after which a client that was refused may ask again
 _YIELDS = 5  # of nice: text goes on at its pace while pictures are decoded
 
 
@@ -61,11 +60,9 @@ class PictureLimits:
 
 
 class Decoders:
-    """Processes that encode conversations; at most `waiting` requests are in them or wait for one of them."""
+    """Processes that encode conversations, one at a time each; how many wait for them is the caller's to bound."""
 
-    def __init__(self, processor: Processor, limits: PictureLimits, processes: int = 2, waiting: int = 64):
-        self.limits = limits
-        self._held, self._most = 0, waiting
+    def __init__(self, processor: Processor, limits: PictureLimits, processes: int = 2):
         self._threads = ThreadPoolExecutor(processes, "decode")
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._processes = [_Process(processor, limits) for _ in range(processes)]
@@ -78,19 +75,10 @@ class Decoders:
         """A conversation (`conversations.Asked`) whose pictures are here as files, as base64 or as `data:` addresses.
 
         Raises:
-          OverloadedError: too many wait.
           ImageError, RequestError, ConversationError: see their messages.
         """
-        if self._held >= self._most:
-            raise OverloadedError(
-                f"{self._held} requests with pictures wait already; try again later.", _SECONDS_UNTIL_FREE
-            )
-        self._held += 1
-        try:
-            work = asyncio.get_running_loop().run_in_executor(self._threads, self._encode, messages, files, low)
-            return await work  # where the client leaves, what has not begun is cancelled
-        finally:
-            self._held -= 1
+        # Where the client leaves, what has not begun is cancelled.
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, messages, files, low)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

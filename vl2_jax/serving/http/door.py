@@ -14,6 +14,7 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vl2_jax.errors import shown
 from vl2_jax.serving.http.problems import Problem, problem_of
 from vl2_jax.serving.http.service import Service
 
@@ -57,7 +58,7 @@ class Door:
             self._service.metrics.client_left()
             log.warning("%s: the client reads too slowly; its answer was cancelled", id_)
         except Exception as error:
-            log.exception("%s: %s %s failed", id_, scope["method"], scope["path"])
+            log.exception("%s: %s %s failed", id_, scope["method"], shown(scope["path"]))
             if not status:
                 await respond(problem_of(error))(scope, receive, answer)
         finally:

@@ -27,7 +27,7 @@ from vl2_jax.serving.requests import Limits, Load, Request, Serves, Stage
 
 _MOST_CHOICES = 128  # answers of one request
 _COMPLETION_TOKENS = 16  # of an answer of /v1/completions that does not say, as OpenAI has it
-_TEXTS_AT_ONCE, _TEXTS_WAITING = 2, 256
+_TEXTS_AT_ONCE = 2
 _SECONDS_UNTIL_FREE = 1.0
 
 
@@ -71,13 +71,15 @@ class Service:
         self.engine: Serves | None = None
         self.processor: Processor | None = None
         self.decoders: Decoders | None = None
-        self._texts, self._texts_held = ThreadPoolExecutor(_TEXTS_AT_ONCE, "encode"), 0
+        self._texts = ThreadPoolExecutor(_TEXTS_AT_ONCE, "encode")
+        self._being_read = 0  # answers whose prompts are not with the engine yet
         self._stage = Stage("loading")
 
     def begin(self, engine: Serves, processor: Processor) -> None:
         """From here on requests are answered."""
         self.processor = processor.replace(max_pixels=self.settings.pictures.pixels)
         self.decoders = Decoders(self.processor, self.settings.pictures)
+        _ = processor.tokenizer.longest_token  # looked for in the whole vocabulary, once
         self.engine = engine
 
     def report(self, phase: str, done: int, total: int) -> None:
@@ -101,11 +103,10 @@ class Service:
     def stage(self) -> Stage:
         return self._stage if self.engine is None else self.engine.stage
 
-    @property
-    def is_full(self) -> bool:
-        """Whether so many requests wait that another one is refused."""
+    def is_full(self, choices: int = 1) -> bool:
+        """Whether so much waits, or is still being read, that so many answers more are refused."""
         limits, load = self.settings.limits, self.engine.load if self.engine else Load()
-        would_wait = load.running + load.waiting + 1 - limits.max_running
+        would_wait = load.running + load.waiting + self._being_read + choices - limits.max_running
         most_tokens = limits.max_waiting_tokens
         is_long = most_tokens is not None and load.waiting_tokens >= most_tokens
         return would_wait > limits.max_waiting or (would_wait > 0 and is_long)
@@ -137,6 +138,16 @@ class Service:
         share = f", {100 * stage.share:.0f} %" if stage.share else ""
         raise not_ready(f"the model is {stage.name}{stage.phase and f' ({stage.phase}{share})'}; try again later.")
 
+    def check_room(self, choices: int = 1) -> None:
+        """Refuses a request before pictures and texts are read that would be refused after it.
+
+        Raises:
+          Problem, OverloadedError: the model is not there, or too much waits.
+        """
+        self.ready()
+        if self.is_full(choices):
+            raise OverloadedError("as many requests wait as this server lets wait; try again.", _SECONDS_UNTIL_FREE)
+
     async def requests(self, body: Body, caller: int = 0) -> list[Request]:
         """What a body asks the engine for: of each prompt `n` requests, which stand together.
 
@@ -149,12 +160,17 @@ class Service:
         engine, processor = self.ready()
         if body.model not in self.settings.names:
             raise unknown_model(body.model, self.settings.names)
-        if self.is_full:
-            raise OverloadedError("as many requests wait as this server lets wait; try again.", _SECONDS_UNTIL_FREE)
         choices = body.n or 1
-        prompts = await (self._conversation(body) if isinstance(body, ChatBody) else self._texts_of(body))
-        if len(prompts) * choices > _MOST_CHOICES:
-            raise RequestError(f"n is {choices} for {len(prompts)} prompts; together at most {_MOST_CHOICES} answers.")
+        texts = body.prompts if isinstance(body, CompletionBody) else []
+        answers = choices * max(1, len(texts))
+        if answers > _MOST_CHOICES:
+            raise RequestError(f"n is {choices} for {len(texts)} prompts; together at most {_MOST_CHOICES} answers.")
+        self.check_room(answers)
+        self._being_read += answers
+        try:
+            prompts = await (self._conversation(body) if isinstance(body, ChatBody) else self._texts_of(texts))
+        finally:
+            self._being_read -= answers
         salt = f"{caller} {body.cache_salt or ''}" if len(self.settings.keys) > 1 else body.cache_salt or ""
         longest = None if isinstance(body, ChatBody) else _COMPLETION_TOKENS
         vocabulary = len(processor.tokenizer)
@@ -192,20 +208,13 @@ class Service:
     async def _file(self, data: bytes, address: str) -> bytes:
         return await self.fetcher.fetch(address) if address else data
 
-    async def _texts_of(self, body: Any) -> list[Encoded]:
-        assert isinstance(body, CompletionBody)
+    async def _texts_of(self, prompts: Sequence[str | list[int]]) -> list[Encoded]:
         _, processor = self.ready()
-        self._check_length(max(map(len, body.prompts)))
-        return [await self._in_thread(_bare_prompt, processor, prompt) for prompt in body.prompts]
+        self._check_length(max((len(prompt) for prompt in prompts if isinstance(prompt, str)), default=0))
+        return [await self._in_thread(_bare_prompt, processor, prompt) for prompt in prompts]
 
     async def _in_thread(self, work: Callable[..., Encoded], *arguments: Any) -> Encoded:
-        if self._texts_held >= _TEXTS_WAITING:
-            raise OverloadedError("many texts wait to be read; try again.", _SECONDS_UNTIL_FREE)
-        self._texts_held += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._texts, work, *arguments)
-        finally:
-            self._texts_held -= 1
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work, *arguments)
 
     def _check_length(self, characters: int) -> None:
         """Refuses what is too long however it is cut into tokens, before it is cut."""
