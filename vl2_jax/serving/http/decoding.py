@@ -169,7 +169,8 @@ def _array(data: bytes, dtype: str, shape: list[int]) -> np.ndarray:
 def _work(pipe: Connection, processor: Processor, limits: PictureLimits) -> None:
     """The life of a process: it ends with whoever started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which drains
-    os.nice(_YIELDS)
+    if hasattr(os, "nice"):
+        os.nice(_YIELDS)
     _limit_memory(limits.memory)
     pipe.send_bytes(b"ready")
     with contextlib.suppress(EOFError, OSError):
