@@ -147,7 +147,12 @@ class Fetcher:
         url = httpcore.URL(
             scheme=address.scheme.encode(), host=address.host.encode(), port=None, target=address.target.encode()
         )
-        headers = {"Host": address.host, "User-Agent": "vl2-jax", "Accept": "image/*", "Accept-Encoding": "identity"}
+        headers: dict[str | bytes, str | bytes] = {
+            "Host": address.host,
+            "User-Agent": "vl2-jax",
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+        }
         seconds = {"connect": _CONNECT_SECONDS, "read": _READ_SECONDS, "write": _READ_SECONDS, "pool": _READ_SECONDS}
         async with (
             httpcore.AsyncConnectionPool(network_backend=_Dialler(self.resolve, self.network)) as pool,

@@ -187,7 +187,7 @@ class Service:
             options = sampling_of(body, self.settings.defaults, self.context - len(prompt) + 1, longest)
             boxes_on = _boxes_on(body, len(prompt.image_sizes))
             for choice in range(choices):
-                seed = None if options.seed is None else _wrapped(options.seed + choice)
+                seed = None if body.seed is None else _wrapped(body.seed + choice)
                 request = Request(prompt, replace(options, seed=seed), body.alternatives or 0, salt, boxes_on)
                 engine.check(request)
                 made.append(request)
@@ -265,6 +265,6 @@ def _boxes_on(body: Body, pictures: int) -> int:
     return body.boxes_on - 1
 
 
-def _wrapped(seed: Any) -> int:
+def _wrapped(seed: int) -> int:
     """A seed that stays in 64 bits."""
-    return (int(seed) + 2**63) % 2**64 - 2**63
+    return (seed + 2**63) % 2**64 - 2**63
