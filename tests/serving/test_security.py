@@ -38,7 +38,7 @@ def stranger(locked):
 @pytest.mark.parametrize(
     "target", ["/etc/passwd", "file:///etc/passwd", "file:/etc/passwd", "../../etc/passwd", "C:\\x.png"]
 )
-@pytest.mark.parametrize("form", ["url", "string", "image", "path", "bytes", "images", "source"])
+@pytest.mark.parametrize("form", ["url", "string", "image", "path", "bytes", "images", "source", "no type", "alone"])
 def test_row_3_no_form_of_a_picture_opens_a_file_of_the_server(client, monkeypatch, target, form):
     opened = []
     monkeypatch.setattr("vl2_jax.processing.sources._of_path", lambda path: opened.append(path))
@@ -49,12 +49,14 @@ def test_row_3_no_form_of_a_picture_opens_a_file_of_the_server(client, monkeypat
         "path": {"type": "image", "path": target},
         "bytes": {"type": "image", "bytes": {"path": target}},
         "source": {"type": "image", "source": {"type": "base64", "data": target}},
+        "no type": {"path": target, "text": None},
     }
     if form == "images":
         answer = ask(client, messages=[{"role": "user", "content": "<image>", "images": [target], "image": target}])
         assert answer.status_code == 200  # fields of other tools are not read: the text is text
     else:
-        answer = ask(client, messages=question(parts[form], "?"))
+        messages = question(parts[form], "?") if form in parts else [{"role": "user", "content": {"path": target}}]
+        answer = ask(client, messages=messages)
         told(answer, answer.status_code)
         assert answer.status_code in (400, 422)
     assert opened == []

@@ -50,8 +50,8 @@ def read_conversation(messages: Sequence[dict[str, Any]], most_pictures: int, ho
     """
     pictures: list[Sent] = []
 
-    def found(sent: Sent) -> int:
-        pictures.append(sent)
+    def found(picture: Any) -> int:
+        pictures.append(picture if isinstance(picture, Sent) else _sent(picture))  # whatever form it came in
         if len(pictures) > most_pictures:
             raise Problem(
                 400,
@@ -98,7 +98,7 @@ def _part(part: Any, honor_detail: bool) -> Any:
     return {"type": "image", "image": _sent(picture_of(part), detail == "low" and honor_detail)}
 
 
-def _sent(picture: Any, is_low: bool) -> Sent:
+def _sent(picture: Any, is_low: bool = False) -> Sent:
     if isinstance(picture, dict) and isinstance(picture.get("bytes"), str):
         return Sent(picture["bytes"].encode("ascii", "replace"), is_low=is_low)
     if isinstance(picture, str):
