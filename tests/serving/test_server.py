@@ -13,9 +13,7 @@ import httpx
 import pytest
 
 from vl2_jax.cli import main
-from vl2_jax.config import VL2Config
 from vl2_jax.errors import RequestError
-from vl2_jax.serving.fitting import most_sequences
 from vl2_jax.serving.http.server import Server, bind, is_loopback
 from vl2_jax.serving.http.service import Service, Settings
 from vl2_jax.serving.requests import Limits, Stage
@@ -225,29 +223,12 @@ def test_whether_others_can_reach_a_host(host, local):
     assert is_loopback(host) is local
 
 
-def test_more_answers_than_memory_holds_are_told_before_anything_is_loaded(monkeypatch, capsys):
-    given = []
-    monkeypatch.setattr("vl2_jax.serving.http.server.run", lambda service, *_: given.append(service.settings.limits))
-    command = ["serve", "vl2-nano", "--port", "0"]
-    main([*command, "--max-num-seqs", "40"])
-    monkeypatch.setattr("vl2_jax.serving.fitting.most_sequences", lambda *_: 3)
-    main(command)
-    main([*command, "--max-num-seqs", "3"])
-    main([*command, "--max-num-seqs", "9", "--num-pages", "8"])
-    assert [limits.max_running for limits in given] == [40, 3, 3, 9]
+def test_more_than_memory_holds_is_told_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("vl2_jax.serving.http.server.run", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("vl2_jax.serving.room.usable_memory", lambda: 100_000_000)
     with pytest.raises(SystemExit):
-        main([*command, "--max-num-seqs", "4"])
-    assert "memory holds the weights and 3 answer(s) of 1024 tokens, and 4 are wanted" in capsys.readouterr().err
-    assert len(given) == 4
-
-
-def test_what_fits_is_memory_without_the_weights_over_the_cache_of_a_sequence(monkeypatch):
-    """vl2-tiny in bfloat16: 3.37 billion parameters, 61,440 bytes of cache a token (docs/architecture.md)."""
-    monkeypatch.setattr("vl2_jax.serving.fitting.usable_memory", lambda: 10_000_000_000)
-    fitting = most_sequences(VL2Config.preset("vl2-tiny"), "bfloat16", 4096)
-    assert fitting == int(9e9 - 2 * 3.37e9) // (61_440 * 4096)
-    monkeypatch.setattr("vl2_jax.serving.fitting.usable_memory", lambda: 1_000_000_000)
-    assert most_sequences(VL2Config.preset("vl2-tiny"), "bfloat16", 4096) == 0
+        main(["serve", "vl2-nano", "--port", "0", "--num-pages", "10000"])
+    assert "10000 pages do not fit into the memory beside the weights" in capsys.readouterr().err
 
 
 def test_a_context_that_was_shortened_is_kept_to(make_server):

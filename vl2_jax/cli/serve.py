@@ -19,7 +19,6 @@ from vl2_jax.installation import install_line
 from vl2_jax.progress import Display, Report
 from vl2_jax.sharding.devices import Devices
 
-_USUAL_SEQUENCES = 16
 _LARGEST_KEY_FILE = 1 << 16
 
 
@@ -29,15 +28,16 @@ class EngineFlags:
 
     Attributes:
       max_model_len: Tokens that a prompt and its answer may have together; by default the model's context.
-      max_num_seqs: Answers that are written at once; by default 16, or as many as memory holds the cache of.
+      max_num_seqs: Answers that are written at once.
       max_num_queued_reqs: Requests that wait; a further one gets 429 and asks again later.
       max_num_queued_tokens: Tokens of prompts that wait, likewise; by default no limit.
-      num_pages: Pages of the cache; by default as many as --max-num-seqs whole contexts need, or as memory holds.
+      num_pages: Pages of the cache, of 128 tokens; by default as many as --max-num-seqs whole contexts need, or as memory
+        holds.
       enable_prefix_caching: Prompts that begin alike share what was computed.
     """
 
     max_model_len: int | None = None
-    max_num_seqs: int | None = None
+    max_num_seqs: int = 16
     max_num_queued_reqs: int = 256
     max_num_queued_tokens: int | None = None
     num_pages: int | None = None
@@ -127,9 +127,10 @@ def serve(
 
 
 def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:
-    from vl2_jax.api import find_model
+    from convert.checkpoint import dtype_of
+    from convert.weight_map import plan
+    from vl2_jax.api import fastest_dtype, find_model
     from vl2_jax.config import read_config
-    from vl2_jax.serving.fitting import most_sequences
     from vl2_jax.serving.http import fetching
     from vl2_jax.serving.http.decoding import PictureLimits
     from vl2_jax.serving.http.door import names_of_loopback
@@ -137,6 +138,7 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
     from vl2_jax.serving.http.server import is_loopback
     from vl2_jax.serving.http.service import Settings
     from vl2_jax.serving.requests import Limits
+    from vl2_jax.serving.room import pages_for
 
     _check_at_least(1, engine, "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens")
     _check_at_least(1, engine, "num_pages")
@@ -152,20 +154,20 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
     context = config.language_config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > context:
         raise RequestError(f"--max-model-len is {engine.max_model_len}; the model's context holds {context}.")
-    # On a mesh, and with pages that were counted by hand, memory is the caller's to know.
-    is_told = mesh is None and engine.num_pages is None
-    fitting = most_sequences(config, model.dtype, engine.max_model_len or context) if is_told else None
+    limits = Limits(
+        max_running=engine.max_num_seqs,
+        max_waiting=engine.max_num_queued_reqs,
+        max_waiting_tokens=engine.max_num_queued_tokens,
+        context=engine.max_model_len,
+        pages=engine.num_pages,
+        prefix_cache=engine.enable_prefix_caching,
+    )
+    if mesh is None:  # how weights and cache are spread over one is the mesh's to know
+        pages_for(config, dtype_of(model.dtype or fastest_dtype(config, plan(config))), limits)
     return Settings(
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,
-        limits=Limits(
-            max_running=_sequences(engine.max_num_seqs, fitting, engine.max_model_len or context),
-            max_waiting=engine.max_num_queued_reqs,
-            max_waiting_tokens=engine.max_num_queued_tokens,
-            context=engine.max_model_len,
-            pages=engine.num_pages,
-            prefix_cache=engine.enable_prefix_caching,
-        ),
+        limits=limits,
         pictures=PictureLimits(most=_most_pictures(door.limit_mm_per_prompt, PictureLimits.most)),
         media_domains=domains,
         defaults=Defaults.read(door.override_generation_config),
@@ -173,21 +175,6 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
         hosts=frozenset(names_of_loopback(door.host)) if is_loopback(door.host) and not keys else None,
         most_body=door.max_body_bytes,
     )
-
-
-def _sequences(wanted: int | None, fitting: int | None, context: int) -> int:
-    """Answers that are written at once, of which memory holds so many.
-
-    Raises:
-      RequestError: more are wanted, or not even one fits beside the weights.
-    """
-    if fitting is not None and fitting < (wanted or 1):
-        smaller = f"use --max-num-seqs {fitting}, or" if fitting else "use a smaller model, or"
-        raise RequestError(
-            f"memory holds the weights and {fitting} answer(s) of {context} tokens, and {wanted or 1} are wanted; "
-            f"{smaller} a smaller --max-model-len."
-        )
-    return wanted or min(_USUAL_SEQUENCES, fitting or _USUAL_SEQUENCES)
 
 
 def _check_at_least(least: int, flags: Any, *names: str) -> None:
