@@ -31,8 +31,8 @@ class EngineFlags:
       max_num_seqs: Answers that are written at once.
       max_num_queued_reqs: Requests that wait; a further one gets 429 and asks again later.
       max_num_queued_tokens: Tokens of prompts that wait, likewise; by default no limit.
-      num_pages: Pages of the cache, of 128 tokens; by default as many as --max-num-seqs whole contexts need, or as memory
-        holds.
+      num_pages: Pages of the cache, 128 tokens each; by default as many as --max-num-seqs whole contexts need, or as
+        memory holds.
       enable_prefix_caching: Prompts that begin alike share what was computed.
     """
 
