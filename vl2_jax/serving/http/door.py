@@ -22,6 +22,7 @@ log = logging.getLogger("vl2_jax.serving")
 
 MOST_HEADER_BYTES = 16 << 10
 OPEN = ("/health", "/ping", "/ready")  # what load balancers ask, without a key
+_ASKED_OFTEN = (*OPEN, "/metrics")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -64,7 +65,8 @@ class Door:
         finally:
             handler = getattr(scope.get("route"), "path", "none")
             self._service.metrics.answered(handler, scope["method"], status)
-            log.info("%s: %s %s %d, %.3f s", id_, scope["method"], handler, status, time.perf_counter() - begun)
+            level = logging.DEBUG if handler in _ASKED_OFTEN else logging.INFO
+            log.log(level, "%s: %s %s %d, %.3f s", id_, scope["method"], handler, status, time.perf_counter() - begun)
 
     def _let_in(self, path: str, headers: dict[bytes, bytes]) -> tuple[int, Problem | None]:
         """The number of the caller's key, or why it is not let in."""
