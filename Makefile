@@ -8,13 +8,19 @@ TESTS ?= tests
 comma := ,
 AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
-.PHONY: demo test test-slow peers tpu lint setup wheel clean
+.PHONY: demo serve load test test-slow peers tpu lint setup wheel clean
 
 demo: $(VENV)/.ready-demo
 	@mkdir -p out
 	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --prompt "What is written here?"
 	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --save-boxes out/demo.png \
 	  --prompt "<|grounding|>What do you see?"
+
+serve: $(VENV)/.ready-serve
+	$(BIN)/vl2 serve vl2-nano
+
+load: $(VENV)/.ready-serve
+	$(BIN)/python benchmarks/load.py
 
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q $(TESTS)

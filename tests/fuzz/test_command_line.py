@@ -21,6 +21,8 @@ LINES = (
     "eval --model nowhere --count 3 --seed 1 --longest-side 64 --json",
     "verify nowhere nowhere --json",
     "plan --model nowhere --topology v5e:2x4 --for train --batch 8 --recipe nowhere.toml --save p.png",
+    "serve nowhere --port 0 --api-key k --max-num-seqs 2 --served-model-name n --allowed-media-domains example.org",
+    "chat --server http://127.0.0.1:9 --api-key k",
     "info nowhere --json",
     "info vl2-nano",
     "doctor",
@@ -43,6 +45,7 @@ changes = st.lists(st.tuples(kinds, st.integers(0, 40), typed), max_size=3)
 def nothing_is_fetched_or_written(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        patch.setattr("vl2_jax.serving.http.server.run", lambda *_: None)  # what would serve until a signal comes
         patch.chdir(tmp_path_factory.mktemp("typed"))
         yield
 

@@ -7,7 +7,8 @@ import importlib
 from typing import Any
 
 from vl2_jax.cli.asking import dropped_files, names_in, read_pictures, readable
-from vl2_jax.cli.flags import GREEDY, Model, Sampling
+from vl2_jax.cli.flags import GREEDY, NO_MODEL, OptionalModel, Sampling
+from vl2_jax.cli.remote import Server
 from vl2_jax.cli.terminal import messages, on_one_line, streaming, tell, write
 from vl2_jax.errors import RequestError, VL2Error, shown
 from vl2_jax.processing.conversation import with_image_tags
@@ -26,7 +27,9 @@ _COMMANDS = "/image, /new, /help and /quit"
 
 
 def chat(
-    model: Model,
+    model: OptionalModel = NO_MODEL,
+    server: str = "",
+    api_key: str | None = None,
     system: str = "",
     allow_urls: bool = False,
     sampling: Sampling = GREEDY,
@@ -37,13 +40,21 @@ def chat(
     Example: vl2 chat --model vl2-nano
 
     Args:
+        server: Address of a running `vl2 serve`, such as http://127.0.0.1:8000, in place of a model that is loaded
+            here; --model then names the one that is served, where there are several.
+        api_key: Of that server; by default the environment's VL2_API_KEY.
         system: What the conversation begins with, before the first message.
         allow_urls: Let /image fetch http:// and https:// addresses.
         mesh: Spread the model over this machine's devices: auto, expert, or sizes such as expert=4,tensor=2.
     """
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # lines can be edited, and typed again
-    vl2, _ = model.load(Devices(mesh))
+    if server:
+        vl2: Any = Server(server, model.model, api_key)
+    elif model.model:
+        vl2, _ = model.load(Devices(mesh))
+    else:
+        raise RequestError("chat needs --model, or --server with the address of a running `vl2 serve`.")
     talk = Talk(vl2, readable(system), allow_urls, sampling.options())
     was_interrupted = False
     while True:

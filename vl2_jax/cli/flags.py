@@ -57,18 +57,33 @@ class ModelFlags:
 
     def load(self, devices: Devices, **changed: Any) -> tuple[Any, float]:
         """The model, and the seconds it took."""
-        if self.merge and self.no_merge:
-            raise RequestError("--merge and --no-merge are given; choose one of them.")
+        options = self.options(devices)
         from vl2_jax.api import load
 
         begun = time.perf_counter()
+        with Display(messages) as report:
+            vl2 = load(self.model, **options | {"report": report} | changed)
+        return vl2, time.perf_counter() - begun
+
+    def options(self, devices: Devices) -> dict[str, Any]:
+        """What `vl2_jax.load` takes beside the model."""
+        if self.merge and self.no_merge:
+            raise RequestError("--merge and --no-merge are given; choose one of them.")
         options = {name: getattr(self, name) for name in ("adapters", "dtype", "chunk_size", "verify")}
         if self.merge or self.no_merge:
             options["merge"] = self.merge
-        with Display(messages) as report:
-            places = {"mesh": devices.mesh, "dispatch": devices.dispatch, "report": report}
-            vl2 = load(self.model, **options | places | changed)
-        return vl2, time.perf_counter() - begun
+        return options | {"mesh": devices.mesh, "dispatch": devices.dispatch}
+
+
+@dataclass(frozen=True)
+class OptionalModelFlags(ModelFlags):
+    """Where a model may be named in another way.
+
+    Attributes:
+      model: Directory of a released or converted model, here or on a bucket (gs://...); a hub id; or vl2-nano.
+    """
+
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,8 +115,9 @@ class SamplingFlags:
         return asdict(self)
 
 
-ONE_DEVICE, GREEDY = Devices(), SamplingFlags()
+ONE_DEVICE, GREEDY, NO_MODEL = Devices(), SamplingFlags(), OptionalModelFlags()
 Model = tyro.conf.OmitArgPrefixes[ModelFlags]
+OptionalModel = tyro.conf.OmitArgPrefixes[OptionalModelFlags]
 Sampling = tyro.conf.OmitArgPrefixes[SamplingFlags]
 OnDevices = tyro.conf.OmitArgPrefixes[Devices]
 

@@ -23,6 +23,7 @@ from vl2_jax.cli.export import export
 from vl2_jax.cli.generate import generate
 from vl2_jax.cli.info import info
 from vl2_jax.cli.plan import plan
+from vl2_jax.cli.serve import serve
 from vl2_jax.cli.terminal import on_one_line
 from vl2_jax.cli.train import train
 from vl2_jax.cli.verify import verify
@@ -31,6 +32,7 @@ from vl2_jax.errors import shown
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "convert": convert,
     "export": export,
     "train": train,

@@ -213,8 +213,15 @@ def _text(message: Mapping[str, Any], role: str, content: Any) -> str:
 
 
 def _joined(parts: list[Any], is_question: bool, found: Callable[[Any], Any]) -> tuple[str, list[Any]]:
-    """The text of parts with a tag for each picture, and the pictures, None for one that is elsewhere."""
-    text, images = "", []
+    """The text of parts with a tag for each picture, and the pictures, None for one that is elsewhere.
+
+    Parts of text are joined before tags in them are escaped: no tag is made of what stands in two of them.
+    """
+    text, run, images = "", "", []
+
+    def escaped() -> str:
+        return run.replace(IMAGE_TAG, ESCAPED_TAG) if is_question else run
+
     for part in parts:
         if part is None:
             continue
@@ -222,12 +229,13 @@ def _joined(parts: list[Any], is_question: bool, found: Callable[[Any], Any]) ->
         if kind in _TEXT_PARTS:
             value = part if isinstance(part, str) else given(part, "text", "refusal")
             value = "" if value is None else checked_text(value, "the text of a part must be text")
-            text += value.replace(IMAGE_TAG, ESCAPED_TAG) if is_question else value
+            run += value
         else:
             picture = picture_of(part)
             images.append(None if picture is None else found(picture))
-            text += ("\n" if text.endswith("\\") else "") + IMAGE_TAG + "\n"
-    return text, images
+            text += escaped() + ("\n" if run.endswith("\\") else "") + IMAGE_TAG + "\n"
+            run = ""
+    return text + escaped(), images
 
 
 def _kind(part: Any) -> str:

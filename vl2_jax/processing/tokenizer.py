@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as HfTokenizer
@@ -18,6 +19,12 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 GROUNDING_TAGS = ("<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>", "<|grounding|>")
 _GROUNDING_TAG = re.compile("(" + "|".join(map(re.escape, GROUNDING_TAGS)) + ")")
+
+# The letters that byte-level vocabularies write bytes with: printable ones as themselves, the others from 256 on.
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0)]
+_BYTES = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(256 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 
 
 class Tokenizer:
@@ -40,6 +47,7 @@ class Tokenizer:
         if tokenizer.pre_tokenizer is not None:
             self._plain.pre_tokenizer = tokenizer.pre_tokenizer
         self.bos_id, self.eos_id, self.pad_id, self.image_id = (self.id_of(t) for t in (bos, eos, pad, image))
+        self._added_ids = frozenset(tokenizer.get_added_tokens_decoder())
         self.control_ids = frozenset(
             id_
             for id_, token in tokenizer.get_added_tokens_decoder().items()
@@ -107,6 +115,18 @@ class Tokenizer:
     def decode_answer(self, ids: Iterable[int]) -> str:
         """Text of generated ids: grounding tags are kept, control tokens are not text."""
         return self.decode(i for i in ids if int(i) not in self.control_ids)
+
+    def bytes_of(self, id_: int) -> bytes:
+        """What an id adds to the UTF-8 of a text, which may be a part of a character; of an added token, its name."""
+        token = self._tokenizer.id_to_token(id_) or ""
+        if id_ in self._added_ids or not _BYTES.keys() >= set(token):
+            return token.encode()
+        return bytes(_BYTES[letter] for letter in token)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes that a token can stand for at most: a text of n bytes has at least n / `longest_token` tokens."""
+        return max(map(len, self._tokenizer.get_vocab()), default=1)
 
     def stream(self) -> AnswerStream:
         return AnswerStream(self)

@@ -1,0 +1,222 @@
+"""`vl2 serve`: a model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from vl2_jax.cli.flags import NO_MODEL, OptionalModel, OptionalModelFlags, Place, Repeated
+from vl2_jax.cli.terminal import messages, tell
+from vl2_jax.errors import RequestError, VL2Error, shown
+from vl2_jax.installation import install_line
+from vl2_jax.progress import Display, Report
+from vl2_jax.sharding.devices import Devices
+
+_LARGEST_KEY_FILE = 1 << 16
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """How much is taken on.
+
+    Attributes:
+      max_model_len: Tokens that a prompt and its answer may have together; by default the model's context.
+      max_num_seqs: Answers that are written at once.
+      max_num_queued_reqs: Requests that wait; a further one gets 429 and asks again later.
+      max_num_queued_tokens: Tokens of prompts that wait, likewise; by default no limit.
+      num_pages: Pages of the cache, 128 tokens each; by default as many as --max-num-seqs whole contexts need, or as
+        memory holds.
+      enable_prefix_caching: Prompts that begin alike share what was computed.
+    """
+
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    max_num_queued_reqs: int = 256
+    max_num_queued_tokens: int | None = None
+    num_pages: int | None = None
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class DoorFlags:
+    """Who may ask, and what.
+
+    Attributes:
+      host: Address to listen on; 0.0.0.0 is all of this machine's.
+      port: 0 is any that is free.
+      api_key: What callers have to show; may be given several times. By default VL2_API_KEY of the environment, else
+        everybody may ask.
+      api_key_file: A file with such keys, one a line.
+      served_model_name: What the model is called; may be given several times. By default as --model has it.
+      allowed_media_domains: A host whose pictures are fetched by their address; may be given several times. By default
+        none: pictures are sent in requests.
+      limit_mm_per_prompt: Pictures in a request, as JSON: '{"image": 4}'.
+      honor_detail: Pictures of "detail": "low" are seen as one tile; by default they are seen as all are.
+      override_generation_config: What requests that say nothing ask for, as JSON: '{"temperature": 0}'.
+      max_body_bytes: Of a request.
+      drain_seconds: That answers have to end after SIGTERM or Ctrl-C.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: Repeated = ()
+    api_key_file: Place | None = None
+    served_model_name: Repeated = ()
+    allowed_media_domains: Repeated = ()
+    limit_mm_per_prompt: str | None = None
+    honor_detail: tyro.conf.FlagCreatePairsOff[bool] = False
+    override_generation_config: str | None = None
+    max_body_bytes: int = 32 << 20
+    drain_seconds: float = 30.0
+
+
+def serve(
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "",
+    model: OptionalModel = NO_MODEL,
+    engine: tyro.conf.OmitArgPrefixes[EngineFlags] = EngineFlags(),
+    door: tyro.conf.OmitArgPrefixes[DoorFlags] = DoorFlags(),
+    mesh: str | None = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API.
+
+    Example: vl2 serve vl2-nano --port 8000
+
+    Args:
+        name: As --model.
+        mesh: Spread the model over this machine's devices: auto, expert, or sizes such as expert=4,tensor=2.
+    """
+    if bool(name) == bool(model.model):
+        raise RequestError("serve needs a model, once: vl2 serve MODEL, or --model MODEL.")
+    model = dataclasses.replace(model, model=name or model.model)
+    try:
+        from vl2_jax.serving.http import server
+        from vl2_jax.serving.http.service import Service
+    except ModuleNotFoundError as error:
+        raise VL2Error(f"serving needs {error.name!r}: {install_line('serve')}") from None
+    settings = _settings(model, engine, door, mesh)  # what is wrong is told before a port is taken and weights are read
+    options = model.options(Devices(mesh))
+    listener = server.bind(door.host, door.port)
+    host, port = listener.getsockname()[:2]
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("vl2_jax").setLevel(logging.INFO)
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    tell(f"{settings.names[0]} is loading; {address}/ready tells how far it is")
+    if not settings.keys and not server.is_loopback(door.host):
+        tell(f"whoever reaches {host}:{port} may ask; --api-key limits that", "yellow")
+
+    with Display(messages) as display:
+
+        def load(report: Report) -> tuple[Any, Any]:
+            from vl2_jax.api import load as load_model
+            from vl2_jax.serving.engine import Engine
+
+            vl2 = load_model(model.model, **options, report=report)
+            made = Engine(vl2, settings.limits, report=report), vl2.processor
+            display.close()
+            tell(f"{settings.names[0]} is ready at {address}/v1")
+            return made
+
+        server.run(Service(settings), listener, load, door.drain_seconds, display)
+
+
+def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:
+    from convert.checkpoint import dtype_of
+    from convert.weight_map import plan
+    from vl2_jax.api import fastest_dtype, find_model
+    from vl2_jax.config import read_config
+    from vl2_jax.serving.http import fetching
+    from vl2_jax.serving.http.decoding import PictureLimits
+    from vl2_jax.serving.http.door import names_of_loopback
+    from vl2_jax.serving.http.sampling import Defaults
+    from vl2_jax.serving.http.server import is_loopback
+    from vl2_jax.serving.http.service import Settings
+    from vl2_jax.serving.requests import Limits
+    from vl2_jax.serving.room import pages_for
+
+    _check_at_least(1, engine, "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens")
+    _check_at_least(1, engine, "num_pages")
+    _check_at_least(1024, door, "max_body_bytes")
+    _check_at_least(0, door, "drain_seconds")
+    if not 0 <= door.port < 1 << 16:
+        raise RequestError(f"--port is {door.port}; expected a number from 0 to 65535.")
+    keys = _keys(door)
+    domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
+    for domain in domains:
+        fetching.check_domain(domain)
+    config = read_config(find_model(model.model))
+    context = config.language_config.max_position_embeddings
+    if engine.max_model_len is not None and engine.max_model_len > context:
+        raise RequestError(f"--max-model-len is {engine.max_model_len}; the model's context holds {context}.")
+    limits = Limits(
+        max_running=engine.max_num_seqs,
+        max_waiting=engine.max_num_queued_reqs,
+        max_waiting_tokens=engine.max_num_queued_tokens,
+        context=engine.max_model_len,
+        pages=engine.num_pages,
+        prefix_cache=engine.enable_prefix_caching,
+    )
+    if mesh is None:  # how weights and cache are spread over one is the mesh's to know
+        pages_for(config, dtype_of(model.dtype or fastest_dtype(config, plan(config))), limits)
+    return Settings(
+        names=tuple(door.served_model_name) or (model.model,),
+        keys=keys,
+        limits=limits,
+        pictures=PictureLimits(most=_most_pictures(door.limit_mm_per_prompt, PictureLimits.most)),
+        media_domains=domains,
+        defaults=Defaults.read(door.override_generation_config),
+        honor_detail=door.honor_detail,
+        hosts=frozenset(names_of_loopback(door.host)) if is_loopback(door.host) and not keys else None,
+        most_body=door.max_body_bytes,
+    )
+
+
+def _check_at_least(least: int, flags: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None and not value >= least:
+            raise RequestError(f"--{name.replace('_', '-')} is {value}; expected at least {least}.")
+
+
+def _keys(door: DoorFlags) -> tuple[str, ...]:
+    """The keys of flags, of a file or of the environment.
+
+    Raises:
+      RequestError: the file cannot be read or holds none, or one of them cannot stand in a header.
+    """
+    keys: Sequence[str] = door.api_key
+    if door.api_key_file is not None:
+        try:
+            with door.api_key_file.open("rb") as file:
+                lines = file.read(_LARGEST_KEY_FILE).decode("utf-8", "replace").splitlines()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"--api-key-file {shown(str(door.api_key_file))} cannot be read ({why}).") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise RequestError(f"--api-key-file {shown(str(door.api_key_file))} holds no key; write one a line.")
+        keys = [*keys, *found]
+    if not keys and os.environ.get("VL2_API_KEY"):
+        keys = [os.environ["VL2_API_KEY"]]
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise RequestError("a key is empty, or has characters that a header cannot hold; use letters and digits.")
+    return tuple(keys)
+
+
+def _most_pictures(given: str | None, usual: int) -> int:
+    """The number of pictures of `--limit-mm-per-prompt`."""
+    if given is None:
+        return usual
+    try:
+        most = json.loads(given)["image"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        most = None
+    if not isinstance(most, int) or isinstance(most, bool) or not 0 <= most <= 1000:
+        raise RequestError(f"--limit-mm-per-prompt is {shown(given)}; expected JSON such as '{{\"image\": 4}}'.")
+    return most
