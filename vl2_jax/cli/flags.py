@@ -99,6 +99,10 @@ class SamplingFlags:
       seed: Equal seeds give equal answers; by default sampling takes new numbers each time.
       stop: The answer ends before this text; may be given several times.
       ignore_eos: Go on to --max-tokens.
+      presence_penalty: From -2 to 2; taken from the logits of tokens that the answer holds.
+      frequency_penalty: Likewise, once for each time that it does.
+      min_p: When sampling, tokens that are less than this much as likely as the likeliest are left out.
+      min_tokens: The answer does not end by itself before it has so many.
     """
 
     max_tokens: int = 512
@@ -109,6 +113,10 @@ class SamplingFlags:
     seed: int | None = None
     stop: Repeated = ()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_p: float = 0.0
+    min_tokens: int = 0
 
     def options(self) -> dict[str, Any]:
         """What `VL2.generate` and `Chat.ask` take."""

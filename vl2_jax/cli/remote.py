@@ -115,7 +115,8 @@ class RemoteChat:
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
     """Sampling options as fields of a request, which has other defaults."""
     wanted = SamplingOptions.of(options)
-    said = {name: getattr(wanted, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "ignore_eos")}
+    alike = ("max_tokens", "temperature", "top_p", "top_k", "ignore_eos", "presence_penalty", "frequency_penalty")
+    said = {name: getattr(wanted, name) for name in (*alike, "min_p", "min_tokens")}
     more = {"seed": wanted.seed, "stop": list(wanted.stops) or None, "repetition_penalty": wanted.penalty}
     return said | {name: value for name, value in more.items() if value is not None}
 
