@@ -104,6 +104,16 @@ def test_a_signal_lets_running_answers_finish_and_refuses_new_ones(sig):
         serving.process.kill()
 
 
+def test_a_server_that_says_that_it_is_ready_answers_at_once():
+    serving = Process()
+    try:
+        wait_until(lambda: any("is ready at" in line for line in serving.lines), 60)
+        with httpx.Client(base_url=serving.address, trust_env=False) as client:
+            assert ask(client, max_tokens=1).status_code == 200
+    finally:
+        serving.process.kill()
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_process():
     serving = Process(fails=True)
     try:

@@ -118,12 +118,13 @@ def serve(
             from vl2_jax.serving.engine import Engine
 
             vl2 = load_model(model.model, **options, report=report)
-            made = Engine(vl2, settings.limits, report=report), vl2.processor
+            return Engine(vl2, settings.limits, report=report), vl2.processor
+
+        def when_ready() -> None:
             display.close()
             tell(f"{settings.names[0]} is ready at {address}/v1")
-            return made
 
-        server.run(Service(settings), listener, load, door.drain_seconds, display)
+        server.run(Service(settings), listener, load, door.drain_seconds, display, when_ready)
 
 
 def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:

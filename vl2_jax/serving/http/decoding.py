@@ -66,8 +66,7 @@ class Decoders:
         self._threads = ThreadPoolExecutor(processes, "decode")
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._processes = [_Process(processor, limits) for _ in range(processes)]
-        for process in self._processes:
-            self._threads.submit(self._start, process)
+        self._starting = [self._threads.submit(self._start, process) for process in self._processes]
 
     async def encode(
         self, messages: Sequence[dict[str, Any]], files: Sequence[bytes], low: Sequence[bool] = ()
@@ -79,6 +78,11 @@ class Decoders:
         """
         # Where the client leaves, what has not begun is cancelled.
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._encode, messages, files, low)
+
+    def wait_until_started(self) -> None:
+        """So that no request waits for a process to start."""
+        for starting in self._starting:
+            starting.result()
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -56,11 +56,19 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def run(service: Service, listener: socket.socket, load: Load, drain_seconds: float, report: Report) -> None:
+def run(
+    service: Service,
+    listener: socket.socket,
+    load: Load,
+    drain_seconds: float,
+    report: Report,
+    when_ready: Callable[[], None],
+) -> None:
     """Serves until a signal says that it is enough; answers that are being written are finished first.
 
     Args:
       load: makes the engine and what reads for it; in a thread, while `/ready` tells how far it is.
+      when_ready: called once requests are answered.
       drain_seconds: that running answers have after a signal; a second signal ends them at once.
 
     Raises:
@@ -76,6 +84,7 @@ def run(service: Service, listener: socket.socket, load: Load, drain_seconds: fl
     def begin() -> None:
         try:
             service.begin(*load(told))
+            when_ready()
         except BaseException as error:  # raised again below, where the process ends
             service.fail()
             server.error = error

@@ -79,6 +79,7 @@ class Service:
         """From here on requests are answered."""
         self.processor = processor.replace(max_pixels=self.settings.pictures.pixels)
         self.decoders = Decoders(self.processor, self.settings.pictures)
+        self.decoders.wait_until_started()
         _ = processor.tokenizer.longest_token  # looked for in the whole vocabulary, once
         self.engine = engine
 
