@@ -38,12 +38,14 @@ def test_adapters_are_merged_as_the_library_does_unless_a_flag_says_how(model):
 def test_every_flag_reaches_the_model(model):
     asked = "--prompt hi --system Short. --n 2 --stop . --stop END --ignore-eos --max-tokens 7 --temperature 0.5"
     sampled = "--top-p 0.8 --top-k 3 --repetition-penalty 1.2 --seed 9"
+    sampled += " --presence-penalty 1.5 --frequency-penalty -0.5 --min-p 0.1 --min-tokens 2"
     loaded = "--adapters a --no-merge --no-verify --dtype bfloat16 --chunk-size 64 --mesh auto --dispatch ragged"
     main(f"generate --model m {asked} {sampled} {loaded}".split())
     assert [message["content"] for message in model.asked] == ["Short.", "hi"]
     assert model.options == {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.8, "top_k": 3, "repetition_penalty": 1.2, "seed": 9,
         "stop": (".", "END"), "ignore_eos": True, "n": 2, "boxes_on": -1,
+        "presence_penalty": 1.5, "frequency_penalty": -0.5, "min_p": 0.1, "min_tokens": 2,
     }  # fmt: skip
     name, options = model.loaded
     assert name == "m"
