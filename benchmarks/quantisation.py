@@ -24,6 +24,7 @@ from vl2_jax.scenes.evaluation import ask_all, questions, table
 
 ROOT = Path(__file__).parents[1]
 SEED = 1_000_000
+LENGTH, TILES = 384, 16  # room for every conversation, so that one program does for all
 FAMILIES = ("nano-tiny", "nano-small", "nano-base")
 
 
@@ -58,6 +59,7 @@ def answers_of(vl2: vl2_jax.VL2, scenes: int) -> list[np.ndarray]:
     for _, images, question, answer in questions(SEED, scenes, SceneSizes()):
         turn = {"role": "user", "content": question, "images": images}
         batch = vl2.processor([turn, {"role": "assistant", "content": answer}])
+        batch = batch.padded_to(LENGTH, TILES, vl2.processor.tokenizer.pad_id)
         logits = vl2.logits(batch)[0]
         spoken = np.flatnonzero(batch.labels[0] != IGNORED)
         found.append(np.asarray(jax.nn.log_softmax(logits[spoken - 1])))

@@ -18,7 +18,6 @@ import numpy as np
 from rich.console import Console
 
 from convert.checkpoint import describe, dtype_of, finish, replace_directory, unfinished_directory, write_piece
-from convert.from_torch import CORRECTION_BIAS
 from convert.quantise import checked_kind, in_kind
 from convert.safetensors_files import INDEX_FILE, layout_file
 from convert.weight_map import plan, torch_shapes
@@ -63,12 +62,12 @@ def create_quantised(preset: str, destination: Path, kind: str, seed: int = 0, r
     new = unfinished_directory(destination)
     write_small_files(tables, new, byte_tokenizer(tables["tokens"]))
     dtype, leaves = dtype_of(config.torch_dtype), plan(config)
-    random, tensors = np.random.default_rng(seed), {}
+    random = np.random.default_rng(seed)
+    tensors: dict[str, dict[str, Any]] = {}
     for number, leaf in enumerate(leaves):
         report("drawing weights", number, len(leaves))
-        kept = np.dtype(np.float32) if leaf.path.endswith(CORRECTION_BIAS) else dtype
-        drawn = [_random_tensor(random, key, leaf.torch_shape).astype(kept) for key in leaf.keys]
-        arrays = in_kind({leaf.path: leaf.assemble(drawn, kept)}, kind)
+        drawn = [_random_tensor(random, key, leaf.torch_shape).astype(dtype) for key in leaf.keys]
+        arrays = in_kind({leaf.path: leaf.assemble(drawn, dtype)}, kind)
         write_piece(new, arrays)
         tensors |= {path: describe(array) for path, array in arrays.items()}
     finish(new, tensors)

@@ -37,7 +37,7 @@ from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
 from vl2_jax.sharding.processes import chosen_by_one
-from vl2_jax.weights import Weights, kinds_of, read_weights
+from vl2_jax.weights import Weights, read_weights
 
 SHIPPED = "vl2-nano"  # the small model in vl2_jax/nano, trained by this project on pictures that it draws
 
@@ -86,7 +86,6 @@ def load(
         Processor.from_directory(directory, config)  # says what is missing, before minutes are spent on the weights
     leaves = plan(config)
     wanted = dtype_of(dtype or config.torch_dtype)
-    kinds_of(directory, leaves, weights)  # says what cannot be, before minutes are spent
     added = None
     if adapters is not None:  # before minutes are spent on the weights
         added = read_adapters(adapters, leaves, names_of(model, directory, config))

@@ -22,7 +22,17 @@ from convert.checkpoint import is_converted
 from convert.checkpoint import read_pieces as read_converted
 from convert.from_torch import CORRECTION_BIAS, checked_entries
 from convert.from_torch import read_pieces as read_released
-from convert.quantise import checked_kind, in_kind, is_part, is_quantised, kind_of, parts_of, put_together, quantised
+from convert.quantise import (
+    checked_kind,
+    in_kind,
+    is_part,
+    is_quantised,
+    kind_at,
+    kind_of,
+    parts_of,
+    put_together,
+    quantised,
+)
 from convert.weight_map import Leaf, flatten, unflatten
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import CheckpointError
@@ -78,6 +88,12 @@ def read_weights(
         merge = dtype == np.float32 and kind is None
     if adapters is not None and merge and kind is not None:
         raise CheckpointError(f"adapters cannot be added to {kind} weights; keep them beside: merge=False, --no-merge.")
+    replaced = [path for path in adapters.whole if is_quantised(path)] if adapters and kind else []
+    if replaced:
+        raise CheckpointError(
+            f"the adapters replace {len(replaced)} parameters such as {replaced[0]}, which are {kind}; load the model "
+            "with weights of floats."
+        )
     parts = [part for leaf in leaves for part in parts_of(leaf, held)]
     if isinstance(layout, MeshLayout):
         abstract = abstract_sharded_params(config, layout.mesh, dtype, held)
@@ -105,7 +121,7 @@ def read_weights(
 def _quantise_in_place(flat: dict[str, Array], kind: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     """Matrices on a mesh by their parts, one after another."""
     for path in [path for path in flat if is_quantised(path)]:
-        matrix = quantised(flat.pop(path), kind)
+        matrix = quantised(flat.pop(path), kind_at(path, kind))
         for name, part in vars(matrix).items():
             flat[f"{path}/{name}"] = jax.device_put(part, abstract[f"{path}/{name}"].sharding)
 

@@ -85,6 +85,9 @@ def test_a_model_of_quantised_weights_is_that_of_the_numbers_they_stand_for(kind
     vl2 = vl2_jax.load(converted(kind), dtype=dtype)
     flat = flatten(vl2.params)
     assert {path for path, leaf in flat.items() if isinstance(leaf, Int8 | Int4)} == set(filter(is_quantised, flat))
+    four_bits = {path for path, leaf in flat.items() if isinstance(leaf, Int4)}
+    assert all("/mlp/" in path for path in four_bits)
+    assert bool(four_bits) == (kind == "int4")
     batch = vl2.processor(TALK)
     ours = vl2.logits(batch)
     exact = vl2_jax.load(first_layers("nano-base"), dtype="float32")

@@ -63,7 +63,7 @@ def test_no_wide_copy_of_a_matrix_is_made(kind, rows, most):
     """Inside of a loop that all steps of an answer share, where XLA:CPU would widen narrow floats ahead of it."""
     kernel = Bits(jax.ShapeDtypeStruct((2048, 4096), jnp.uint16))
     if kind != "bits":
-        kernel = abstract_quantised((2048, 4096), kind)
+        kernel = abstract_quantised("mlp", (2048, 4096), kind)
 
     @jax.jit
     def steps(x, kernel):
@@ -99,3 +99,15 @@ def test_grouped_products_take_bits():
     x, sizes = np.random.default_rng(2).standard_normal((21, 32), np.float32), np.asarray([5, 0, 9, 7])
     expected = np.concatenate([rows @ m for rows, m in zip(np.split(x, np.cumsum(sizes)[:-1]), exact)])
     close(jax.jit(grouped_matmul)(x, kernel, jnp.asarray(sizes)), expected, 32)
+
+
+def test_layers_one_after_another_need_the_room_of_one():
+    def layers(x, kernels):
+        for kernel in kernels:
+            x += product(jax.nn.relu(product(x, kernel)), kernel)
+        return x
+
+    kernel, x = Bits(jax.ShapeDtypeStruct((1536, 1536), jnp.uint16)), jax.ShapeDtypeStruct((700, 1536), jnp.float32)
+    programs = (jax.jit(layers).lower(x, [kernel] * count).compile() for count in (2, 8))
+    few, many = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert many < 1.1 * few

@@ -85,7 +85,7 @@ def abstract_sharded_params(
     for path, box in flatten(abstract_boxed_params(config, param_dtype)).items():
         value, parts = box.value, {"": box.value}
         if kind is not None and is_quantised(path):
-            value = abstract_quantised(value.shape, kind)
+            value = abstract_quantised(path, value.shape, kind)
             parts = {f"/{name}": part for name, part in vars(value).items()}
         specs = specs_of(mesh, value, box.names)
         for name, part in parts.items():

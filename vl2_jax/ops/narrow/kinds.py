@@ -64,10 +64,6 @@ class Narrow:
         """The matrix as an array, or all of them, or that of one expert."""
         raise NotImplementedError
 
-    def block(self, expert: Array, begin: Array | int, rows: int) -> Float[Array, "{rows} F"]:
-        """Rows of the matrix, float32; whole groups of rows that have the same scales, where not all have."""
-        raise NotImplementedError
-
     def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S p"]:
         """What each stored row is multiplied with."""
         return x[:, None]
@@ -107,9 +103,6 @@ class Bits(Narrow):
     def in_stored(self, rows: Array) -> tuple[Array, ...]:
         return (_float32(rows),)
 
-    def block(self, expert: Array, begin: Array | int, rows: int) -> Array:
-        return _float32(taken_rows(self.bits, expert, begin, rows))
-
     def widened(self, dtype: Any, expert: Array | None = None) -> Array:
         bits = self.bits if expert is None else self.bits[expert]
         return _float32(bits).astype(dtype)
@@ -135,14 +128,11 @@ class Int8(Narrow):
         values, scales = (part if expert is None else part[expert] for part in (self.values, self.scales))
         return (values.astype(jnp.float32) * scales).astype(dtype)
 
-    def block(self, expert: Array, begin: Array | int, rows: int) -> Array:
-        return taken_rows(self.values, expert, begin, rows).astype(jnp.float32) * taken_rows(self.scales, expert, 0, 1)
-
     def in_stored(self, rows: Array) -> tuple[Array, ...]:
         return (rows.astype(jnp.float32),)
 
     def scaled(self, sums: Array, expert: Array, begin: Array | int) -> Array:
-        return sums * taken_rows(self.scales, expert, 0, 1)
+        return sums * self.scales.reshape(-1, self.scales.shape[-1])[expert]
 
 
 @jax.tree_util.register_dataclass
@@ -172,17 +162,9 @@ class Int4(Narrow):
 
     def widened(self, dtype: Any, expert: Array | None = None) -> Array:
         nibbles, scales = (part if expert is None else part[expert] for part in (self.nibbles, self.scales))
-        return self._widened(nibbles, scales).astype(dtype)
-
-    def block(self, expert: Array, begin: Array | int, rows: int) -> Array:
-        nibbles = taken_rows(self.nibbles, expert, begin // 2, rows // 2)
-        group = 2 * self.alike
-        return self._widened(nibbles, taken_rows(self.scales, expert, begin // group, rows // group))
-
-    def _widened(self, nibbles: Array, scales: Array) -> Float[Array, "... D F"]:
         *experts, groups, width = scales.shape
         halves = jnp.stack(self.in_stored(nibbles.reshape(*experts, groups, self.alike, width)), axis=-3)
-        return (halves * scales[..., None, None, :]).reshape(*experts, -1, width)
+        return (halves * scales[..., None, None, :]).reshape(*experts, -1, width).astype(dtype)
 
     def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S 2"]:
         return x.reshape(-1, 2, self.alike).swapaxes(1, 2).reshape(-1, 2)
@@ -200,9 +182,3 @@ class Int4(Narrow):
 
 def _float32(bits: UInt16[Array, ...]) -> Float[Array, ...]:
     return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
-
-
-def taken_rows(array: Array, expert: Array, begin: Array | int, rows: int) -> Array:
-    """Rows of the matrix, or of that of one expert: `[rows, F]`."""
-    stacked = array.reshape(-1, *array.shape[-2:])
-    return lax.dynamic_slice(stacked, (expert, begin, 0), (1, rows, array.shape[-1]))[0]

@@ -1,9 +1,9 @@
 """Products with weights as they are stored: arrays as ever, and narrow kinds, which are widened where they are used.
 
     one row       sums of few stored rows at a time: a stored row is read once, widened in registers, and never written
-    more rows     blocks of the matrix widened to float32, as large as stays near, and multiplied as any array
+    more rows     blocks of columns widened to float32, as large as stays near, and multiplied as any array
 
-Measured on 2 cores, 1280 x 896 of 64 experts: see `docs/quantisation.md`. N rows, D and F widths, E experts.
+What they take is in `docs/quantisation.md`. N rows, D and F widths of the matrix, E experts.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -19,7 +20,7 @@ from vl2_jax.ops.narrow.kinds import Bits, Narrow
 
 _TOGETHER = 16  # stored rows that one trip adds up
 _SUMS = 1 << 14  # numbers that a trip adds to
-_BLOCK = 1 << 21  # numbers of a block: 8 MB
+_BLOCK = 1 << 20  # numbers of a block: 4 MB
 
 
 def product(
@@ -83,14 +84,23 @@ def _one_row(x: Float[Array, "1 D"], kernel: Narrow, expert: Array) -> Float[Arr
 
 def _rows(x: Float[Array, "N D"], kernel: Narrow, expert: Array) -> Float[Array, "N F"]:
     depth, width = kernel.shape[-2:]
-    most = max(1, _BLOCK // width)
-    group = 1 if kernel.alike == kernel.stored.shape[-2] else depth * kernel.alike // kernel.stored.shape[-2]
-    block = group * next(n for n in range(max(1, min(depth, most) // group), 0, -1) if depth // group % n == 0)
-    if block == depth:
-        return x @ kernel.block(expert, 0, depth)
+    most = max(1, _BLOCK // depth)
+    block = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
 
-    def trip(number: Array, sums: Array) -> Array:
-        mine = lax.dynamic_slice_in_dim(x, number * block, block, axis=1)
-        return sums + mine @ kernel.block(expert, number * block, block)
+    def columns(begin: Array | int) -> Float[Array, "D {block}"]:
+        def take(part: Array) -> Array:
+            stacked = part.reshape(-1, *part.shape[-2:])
+            return lax.dynamic_slice(stacked, (expert, 0, begin), (1, stacked.shape[1], block))[0]
 
-    return lax.fori_loop(0, depth // block, trip, jnp.zeros((x.shape[0], width), jnp.float32))
+        return jax.tree.map(take, kernel).widened(jnp.float32)
+
+    if block == width:
+        return x @ columns(0)
+
+    def trip(number: Array, out: Array) -> Array:
+        begin = number * block
+        return lax.dynamic_update_slice_in_dim(out, x @ columns(begin), begin, axis=1)
+
+    # Every column is overwritten. Zeros wait for nothing, so XLA would make those of all layers at once: 0.8 GB a tile.
+    room = jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+    return lax.fori_loop(0, width // block, trip, room)
