@@ -17,6 +17,7 @@ from convert.checkpoint import (
     describe,
     dtype_of,
     finish,
+    is_converted,
     listing,
     pieces,
     read_manifest,
@@ -24,6 +25,8 @@ from convert.checkpoint import (
     unfinished_directory,
     write_piece,
 )
+from convert.checkpoint import read_pieces as read_converted
+from convert.quantise import check_not_quantised, checked_kind, in_kind
 from convert.safetensors_files import SUFFIX, WEIGHT_DTYPES, TensorEntry, scan, weight_files
 from convert.weight_map import UNUSED_POOLING, Leaf, plan, torch_shapes
 from vl2_jax.config import read_config
@@ -45,13 +48,20 @@ _QUANTISED = re.compile(
 _OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack")
 
 
-def convert(source: Path, destination: Path, dtype: str | None = None, report: Report = silent) -> None:
-    """Writes the converted checkpoint of a released directory.
+def convert(
+    source: Path,
+    destination: Path,
+    dtype: str | None = None,
+    weights: str | None = None,
+    report: Report = silent,
+) -> None:
+    """Writes the converted checkpoint of a released directory, or a quantised one of a converted checkpoint.
 
     Args:
       source: `config.json`, `*.safetensors`, tokenizer and processor files.
       destination: a directory that does not exist yet.
       dtype: of the parameters; `None` keeps the checkpoint's.
+      weights: "int8" or "int4" quantises the decoder's matrices (`convert.quantise`).
 
     What is filled in and left out, of what nothing executes, is told as a `VL2Warning`.
 
@@ -62,16 +72,24 @@ def convert(source: Path, destination: Path, dtype: str | None = None, report: R
     """
     destination = local_destination(destination, "the converted model")
     wanted = None if dtype is None else dtype_of(dtype)
+    kind = None if weights is None else checked_kind(weights)
     config = read_config(source)
     leaves = plan(config)
-    entries = checked_entries(source, leaves)
+    if kind is not None and is_converted(source):
+        check_not_quantised(source, leaves)
+        read = _in_dtype(read_converted(source, leaves, verify=True, report=report), wanted)
+        filled = {leaf.path for leaf in leaves if read_manifest(source)["tensors"].get(leaf.path, {}).get(FILLED)}
+    else:
+        entries = checked_entries(source, leaves)
+        for line in differences(entries):
+            warnings.warn(f"{source}: {line}", VL2Warning, stacklevel=2)
+        read = read_pieces(source, leaves, entries, wanted, verify=True, report=report)
+        filled = {leaf.path for leaf in leaves if not entries[leaf.keys[0]].size}
     Processor.from_directory(source, config)
-    for line in differences(entries):
-        warnings.warn(f"{source}: {line}", VL2Warning, stacklevel=2)
     new = unfinished_directory(destination)
-    filled = {leaf.path for leaf in leaves if not entries[leaf.keys[0]].size}
     tensors: dict[str, dict] = {}
-    for arrays in read_pieces(source, leaves, entries, wanted, verify=True, report=report):
+    for piece in read:
+        arrays = in_kind(piece, kind)
         write_piece(new, arrays)
         tensors |= {
             path: describe(array) | ({FILLED: True} if path in filled else {}) for path, array in arrays.items()
@@ -79,6 +97,14 @@ def convert(source: Path, destination: Path, dtype: str | None = None, report: R
     copy_small_files(source, new)
     finish(new, tensors)
     replace_directory(new, destination, report)
+
+
+def _in_dtype(pieces: Iterator[dict[str, np.ndarray]], dtype: np.dtype | None) -> Iterator[dict[str, np.ndarray]]:
+    for piece in pieces:
+        yield {
+            path: array if dtype is None or path.endswith(CORRECTION_BIAS) else array.astype(dtype, copy=False)
+            for path, array in piece.items()
+        }
 
 
 def checked_entries(source: Path, leaves: list[Leaf]) -> dict[str, TensorEntry]:

@@ -1,6 +1,7 @@
-"""A checkpoint of any size with random weights, in the released layout, to try things out and to measure.
+"""A checkpoint of any size with random weights, to try things out and to measure.
 
-    python -m convert.random_checkpoint vl2-tiny DIRECTORY
+    python -m convert.random_checkpoint vl2-tiny DIRECTORY              the released layout
+    python -m convert.random_checkpoint vl2-small DIRECTORY int4        a converted checkpoint, quantised as it is drawn
 
 Weights are normal with deviation 0.02 (norms one, biases zero); the tokenizer knows bytes and the special tokens, at
 the ids of the released one.
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from convert.checkpoint import dtype_of, replace_directory, unfinished_directory
+from convert.checkpoint import describe, dtype_of, finish, replace_directory, unfinished_directory, write_piece
+from convert.quantise import checked_kind, in_kind
 from convert.safetensors_files import INDEX_FILE, layout_file
 from convert.weight_map import plan, torch_shapes
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_preset
@@ -49,6 +51,26 @@ def create(preset: str, destination: Path, seed: int = 0, report: Report = silen
     sizes = sum(size for _, size in ranges.values())
     index = {"metadata": {"total_size": sizes}, "weight_map": dict.fromkeys(sorted(shapes), _WEIGHTS_FILE)}
     (new / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    replace_directory(new, destination, report)
+
+
+def create_quantised(preset: str, destination: Path, kind: str, seed: int = 0, report: Report = silent) -> None:
+    """Writes a random converted checkpoint; one parameter at a time is drawn and rounded."""
+    destination = local_destination(destination, "a random checkpoint")
+    kind, tables = checked_kind(kind), read_preset(preset)
+    config = VL2Config.from_hf(tables["model"])
+    new = unfinished_directory(destination)
+    write_small_files(tables, new, byte_tokenizer(tables["tokens"]))
+    dtype, leaves = dtype_of(config.torch_dtype), plan(config)
+    random = np.random.default_rng(seed)
+    tensors: dict[str, dict[str, Any]] = {}
+    for number, leaf in enumerate(leaves):
+        report("drawing weights", number, len(leaves))
+        drawn = [_random_tensor(random, key, leaf.torch_shape).astype(dtype) for key in leaf.keys]
+        arrays = in_kind({leaf.path: leaf.assemble(drawn, dtype)}, kind)
+        write_piece(new, arrays)
+        tensors |= {path: describe(array) for path, array in arrays.items()}
+    finish(new, tensors)
     replace_directory(new, destination, report)
 
 
@@ -106,10 +128,13 @@ def _named(tables: dict, word: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) not in (3, 4):
         sys.exit(__doc__)
     try:
         with Display(Console(stderr=True, highlight=False)) as report:
-            create(sys.argv[1], Path(sys.argv[2]), report=report)
+            if len(sys.argv) == 4:
+                create_quantised(sys.argv[1], Path(sys.argv[2]), sys.argv[3], report=report)
+            else:
+                create(sys.argv[1], Path(sys.argv[2]), report=report)
     except VL2Error as error:
         sys.exit(f"random_checkpoint: {error}")

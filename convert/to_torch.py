@@ -22,6 +22,7 @@ from convert.checkpoint import (
     write_manifest,
 )
 from convert.from_torch import copy_small_files
+from convert.quantise import check_not_quantised
 from convert.safetensors_files import INDEX_FILE, SINGLE_FILE, layout_file, read_index
 from convert.weight_map import Leaf, plan
 from vl2_jax.config import read_config
@@ -46,6 +47,7 @@ def export(source: Path, destination: Path, report: Report = silent) -> None:
         raise CheckpointError(f"{source} is not a converted checkpoint; `vl2 convert` makes one.")
     manifest = read_manifest(source)
     leaves = plan(read_config(source))
+    check_not_quantised(source, leaves)
     dtypes = {leaf.path: dtype_of(manifest["tensors"][leaf.path]["dtype"]) for leaf in leaves}
     filled = [key for leaf in leaves if manifest["tensors"][leaf.path].get(FILLED) for key in leaf.keys]
     if filled:

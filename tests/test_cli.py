@@ -87,6 +87,8 @@ def test_a_progress_bar_shows_square_brackets_as_they_are():
         ("convert {empty} {empty}/new", "config.json"),
         ("export {model} {empty}/new", "is not a converted checkpoint"),
         ("convert {model} {empty}/new --dtype int7", "dtype 'int7' is not supported"),
+        ("convert {model} {empty}/new --weights int3", "kind 'int3' are not known; choose one of int8, int4"),
+        ("generate --model {model} --prompt x --weights int3", "kind 'int3' are not known; choose one of int8, int4"),
         ("verify {model} {empty}", "holds no cases"),
         ("generate --model deepseek-ai/deepseek-vl2-tiny --prompt x", "check the name and the connection"),
         ("generate --model {model} --prompt x --image {empty}", "is not a file"),

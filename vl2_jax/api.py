@@ -16,13 +16,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from convert import adapters as lora
-from convert.checkpoint import dtype_of, is_converted
-from convert.checkpoint import read_pieces as read_converted
-from convert.from_torch import CORRECTION_BIAS, checked_entries
-from convert.from_torch import read_pieces as read_released
+from convert.checkpoint import dtype_of
 from convert.peft import read_adapters
-from convert.weight_map import Leaf, flatten, plan, unflatten
+from convert.weight_map import plan
 from vl2_jax.compilation import keep_compiled_programs
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_config
 from vl2_jax.errors import CheckpointError, ConversationError
@@ -31,7 +27,6 @@ from vl2_jax.inference.answers import Answer
 from vl2_jax.inference.generate import Generator
 from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import Memory, bucket, matmul_precision
-from vl2_jax.memory import usable_memory
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
@@ -40,10 +35,9 @@ from vl2_jax.processing.messages import pictures_of, read_messages
 from vl2_jax.processing.tokenizer import TOKENIZER_FILE
 from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
-from vl2_jax.sharding.loading import load_sharded
 from vl2_jax.sharding.mesh import make_mesh
 from vl2_jax.sharding.processes import chosen_by_one
-from vl2_jax.sharding.rules import abstract_sharded_params
+from vl2_jax.weights import Weights, read_weights
 
 SHIPPED = "vl2-nano"  # the small model in vl2_jax/nano, trained by this project on pictures that it draws
 
@@ -52,6 +46,7 @@ def load(
     model: str | Path,
     *,
     dtype: str | None = None,
+    weights: Weights | None = None,
     verify: bool = True,
     chunk_size: int | None = None,
     mesh: str | Mesh | None = None,
@@ -64,7 +59,11 @@ def load(
 
     Args:
       model: a directory, or an id such as "deepseek-ai/deepseek-vl2-tiny" (needs a connection the first time).
-      dtype: "bfloat16" or "float32", of weights and computation; `None` is `fastest_dtype`.
+      dtype: "bfloat16" or "float32"; `None` is the checkpoint's. Weights are kept in it and computed with in it, except
+        that a CPU computes in float32, which is exact with bfloat16 weights and faster.
+      weights: "int8" or "int4" quantises the decoder's matrices of a checkpoint of floats (`convert.quantise`);
+        "arrays" are plain arrays of `dtype`, as training takes them. `None` is what the checkpoint holds, in the form
+        that answers fastest: on a CPU, bfloat16 matrices are kept as whole numbers (`ops.narrow`).
       verify: compare every byte with the checkpoint's manifest; damage is reported by name.
       chunk_size: prompt positions that are computed at a time, at most; `None` is what suits the platform.
       mesh: devices to spread the model over: "auto", "expert=4,tensor=2" (see `sharding.mesh`), a mesh with those axes,
@@ -86,45 +85,16 @@ def load(
     if not all(is_file_on(directory / name) for name in (PROCESSOR_FILE, TOKENIZER_FILE)):
         Processor.from_directory(directory, config)  # says what is missing, before minutes are spent on the weights
     leaves = plan(config)
-    wanted = dtype_of(dtype or fastest_dtype(config, leaves))
+    wanted = dtype_of(dtype or config.torch_dtype)
     added = None
     if adapters is not None:  # before minutes are spent on the weights
         added = read_adapters(adapters, leaves, names_of(model, directory, config))
-    merge = wanted == np.float32 if merge is None else merge
+    layout: Layout = ONE_DEVICE
     if mesh is not None:
         layout = MeshLayout(make_mesh(mesh, config) if isinstance(mesh, str) else mesh, dispatch)
-        abstract = abstract_sharded_params(config, layout.mesh, wanted)
-        params = load_sharded(directory, leaves, abstract, verify, report)
-        params = _with_adapters(flatten(params), added, merge)
-        return VL2(config, params, Processor.from_directory(directory, config), jnp.dtype(wanted), chunk_size, layout)
-    if is_converted(directory):
-        pieces = read_converted(directory, leaves, verify, report)
-    else:
-        pieces = read_released(directory, leaves, checked_entries(directory, leaves), wanted, verify, report)
-    flat: dict[str, Array] = {}
-    for piece in pieces:
-        for path, array in piece.items():
-            kept = np.float32 if path.endswith(CORRECTION_BIAS) else wanted
-            flat[path] = jnp.asarray(array.astype(kept, copy=False))
+    params, computed = read_weights(directory, config, leaves, wanted, weights, layout, added, merge, verify, report)
     processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
-    params = _with_adapters(flat, added, merge)
-    return VL2(config, params, processor, jnp.dtype(wanted), chunk_size)
-
-
-def _with_adapters(flat: dict[str, Array], adapters: lora.Adapters | None, merge: bool) -> Params:
-    if adapters is None:
-        return unflatten(flat)
-    return unflatten(lora.merge(flat, adapters, in_place=True)) if merge else lora.beside(flat, adapters)
-
-
-def fastest_dtype(config: VL2Config, leaves: list[Leaf]) -> str:
-    """The checkpoint's dtype; float32 on a CPU where it takes no more than two thirds of the usable memory.
-
-    A CPU widens bfloat16 weights before each product: a token of vl2-tiny takes 5 s, against 0.3 s in float32.
-    """
-    memory = usable_memory() if jax.default_backend() == "cpu" else None
-    needed = 4 * sum(int(np.prod(leaf.shape)) for leaf in leaves)
-    return "float32" if memory is not None and needed <= memory * 2 // 3 else config.torch_dtype
+    return VL2(config, params, processor, computed, chunk_size, layout)
 
 
 def names_of(model: str | Path, directory: Path, config: VL2Config) -> list[str]:

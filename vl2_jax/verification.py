@@ -1,7 +1,7 @@
 """`vl2 verify`: a model against numbers recorded from the official release, quantity by quantity.
 
 Every case under `GOLDENS/cases` is run in float32: what the processor makes, every part of the network, router choices,
-greedy tokens, and for training cases the losses and gradients.
+greedy tokens, and for training cases the losses and gradients (quantised weights have none).
 
 Rows of hidden states are as large as a model makes them, and rounding in float32 is relative. So they are compared
 with a tolerance for each row: 1e-5 of its largest recorded number, and never below 2e-4, which are equal in rows of
@@ -29,6 +29,7 @@ from vl2_jax.inference.generate import Generator
 from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import matmul_precision
 from vl2_jax.model.vl2 import apply
+from vl2_jax.ops.narrow.kinds import Narrow
 from vl2_jax.processing.batch import Batch, Encoded, Processor
 from vl2_jax.processing.tiling import released_tiles
 from vl2_jax.progress import Report, silent
@@ -159,12 +160,15 @@ def _generation_checks(case: Any, vl2: VL2, encoded: list[Encoded], arrays: dict
 
 
 def _training_checks(case: Any, vl2: VL2, batch: Batch, info: dict, arrays: dict) -> Iterator[Check]:
-    (_, found), grads = _gradients(vl2.model, vl2.params, batch)
+    has_gradients = not any(isinstance(leaf, Narrow) for leaf in flatten(vl2.params).values())
+    found, grads = _gradients(vl2.model, vl2.params, batch, has_gradients)
     recorded = info["info"]
     yield case("loss", abs(float(found.next_token) - recorded["loss"]) / abs(recorded["loss"]), RELATIVE, RELATIVELY)
     for layer, (ours, aux) in enumerate(zip(found.balance, recorded["aux_loss"], strict=True)):
         yield case(f"aux_loss[{layer}]", abs(float(ours) - aux) / max(abs(aux), 1e-12), RELATIVE, RELATIVELY)
     yield case("logits_last", _largest(vl2.logits(batch)[:, -1], arrays["logits_last"]), ABSOLUTE)
+    if not has_gradients:
+        return
     ours_by_key: dict[str, np.ndarray] = {}
     flat = flatten(grads)
     for leaf in plan(vl2.config):
@@ -219,13 +223,18 @@ def _forward(model: Any, params: Any, *inputs: Any) -> Any:
     return out, variables["intermediates"]
 
 
-def _gradients(model: Any, params: Any, batch: Batch) -> Any:
+def _gradients(model: Any, params: Any, batch: Batch, has_gradients: bool) -> Any:
+    """The losses of a batch, and their gradients; none of quantised weights."""
+
     def objective(params: Any) -> Any:
         with matmul_precision(model.dtype):
             found = losses(model, params, batch, count_padding=True)
         return found.total, found
 
-    return jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    if not has_gradients:
+        return jax.jit(objective)(params)[1], None
+    (_, found), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
+    return found, grads
 
 
 def _inputs(batch: Batch) -> tuple:

@@ -1,30 +1,39 @@
 """What fits is told before anything is loaded, with the number that does."""
 
+from pathlib import Path
+
 import pytest
 
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import RequestError
 from vl2_jax.serving.requests import Limits
-from vl2_jax.serving.room import page_bytes, pages_for, weight_bytes
+from vl2_jax.serving.room import page_bytes, pages_for
+from vl2_jax.weights import stored_and_computed
 
 TINY = VL2Config.preset("vl2-tiny")
-WEIGHTS = weight_bytes(TINY, "float32")
+WEIGHTS, _ = stored_and_computed(Path("nowhere"), TINY, "float32", None)
 PAGE_BYTES = page_bytes(TINY, "float32")
 
 
 def test_sizes_are_those_of_the_model():
     assert pytest.approx(4 * 3.37e9, rel=0.01) == WEIGHTS
     assert PAGE_BYTES == 128 * 12 * 2 * 1280 * 4
+    narrow, computed = stored_and_computed(Path("nowhere"), TINY, None, "int4")
+    assert narrow == pytest.approx(3.0e9, rel=0.02)
+    assert computed == "float32"
 
 
 def test_the_cache_takes_what_all_requests_need_and_no_more():
-    assert pages_for(TINY, "float32", Limits(max_running=2), memory=10**12, platform="cpu") == 1 + 2 * 32
-    assert pages_for(TINY, "float32", Limits(max_running=2, context=1000), memory=10**12, platform="cpu") == 1 + 2 * 8
+    assert pages_for(TINY, WEIGHTS, "float32", Limits(max_running=2), memory=10**12, platform="cpu") == 1 + 2 * 32
+    assert (
+        pages_for(TINY, WEIGHTS, "float32", Limits(max_running=2, context=1000), memory=10**12, platform="cpu")
+        == 1 + 2 * 8
+    )
 
 
 def test_the_cache_takes_a_share_of_what_the_weights_leave():
     memory = WEIGHTS + 4 * 101 * PAGE_BYTES
-    assert pages_for(TINY, "float32", Limits(max_running=64), memory=memory, platform="cpu") == 1 + 100
+    assert pages_for(TINY, WEIGHTS, "float32", Limits(max_running=64), memory=memory, platform="cpu") == 1 + 100
 
 
 @pytest.mark.parametrize(
@@ -39,4 +48,4 @@ def test_the_cache_takes_a_share_of_what_the_weights_leave():
 def test_more_than_memory_holds_is_refused_with_the_number_that_fits(limits, pages, message):
     memory = WEIGHTS + 4 * (pages + 1) * PAGE_BYTES
     with pytest.raises(RequestError, match=message):
-        pages_for(TINY, "float32", limits, memory=memory, platform="cpu")
+        pages_for(TINY, WEIGHTS, "float32", limits, memory=memory, platform="cpu")

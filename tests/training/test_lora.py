@@ -16,10 +16,13 @@ from convert.peft import CONFIG_FILE, WEIGHTS_FILE, read_adapters, write_adapter
 from convert.safetensors_files import layout_file
 from convert.weight_map import flatten, plan, unflatten
 from tests.conftest import GOLDENS
+from vl2_jax.api import VL2
 from vl2_jax.config import read_config
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.model.layers import ADAPTERS
 from vl2_jax.model.vl2 import apply
+from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import widened
 from vl2_jax.training.data import batches
 from vl2_jax.training.export import export_run
 from vl2_jax.training.loop import train
@@ -149,7 +152,7 @@ def test_adapters_beside_the_weights_of_a_mesh_are_adapters_merged(small_model, 
 def test_updates_below_a_step_of_bfloat16_are_kept_beside_and_lost_merged(small_model, small_updates, vl2, question):
     """In float32 arithmetic, so that only what happens to the weights differs."""
     batch, model = vl2.processor(question), vl2.model
-    load = partial(vl2_jax.load, small_model, dtype="bfloat16")
+    load = partial(vl2_jax.load, small_model, dtype="bfloat16", weights="arrays")
     params = {
         "base": load().params,
         "merged": load(adapters=small_updates, merge=True).params,
@@ -169,6 +172,21 @@ def test_updates_below_a_step_of_bfloat16_are_kept_beside_and_lost_merged(small_
     errors = {kind: float(jnp.abs(logits(params[kind]) - expected).max()) / moved for kind in ("merged", "beside")}
     assert errors["beside"] < 1e-3
     assert errors["merged"] > 0.2
+    kept = vl2_jax.load(GOLDENS / "nano-base", dtype="bfloat16", adapters=small_updates).params  # as whole numbers
+    np.testing.assert_allclose(logits(kept)[segments > 0], logits(params["beside"])[segments > 0], atol=1e-4)
+
+
+def test_adapters_stand_beside_quantised_weights(small_updates, vl2, question):
+    load = partial(vl2_jax.load, GOLDENS / "nano-base", dtype="float32", weights="int4", adapters=small_updates)
+    with pytest.raises(VL2Error, match="adapters cannot be added to int4 weights; keep them beside"):
+        load(merge=True)
+    ours = load()
+    batch = ours.processor(question)
+    params = jax.tree.map(lambda leaf: widened(leaf, jnp.float32), ours.params, is_leaf=lambda x: isinstance(x, Narrow))
+    exact = VL2(ours.config, params, ours.processor)
+    np.testing.assert_allclose(ours.logits(batch), exact.logits(batch), atol=1e-4)
+    alone = vl2_jax.load(GOLDENS / "nano-base", dtype="float32", weights="int4")
+    assert np.abs(alone.logits(batch) - exact.logits(batch)).max() > 20 * 1e-4
 
 
 def test_both_forms_of_latent_attention_have_the_same_adapters(beside, question):

@@ -15,6 +15,7 @@ def convert(
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
     destination: Destination,
     dtype: str | None = None,
+    weights: str | None = None,
 ) -> None:
     """Released Hugging Face directory (or hub id) to a converted checkpoint.
 
@@ -24,10 +25,11 @@ def convert(
         source: Directory with config.json and *.safetensors, or a hub id.
         destination: A directory that does not exist yet.
         dtype: bfloat16 or float32; by default the checkpoint's.
+        weights: int8 or int4: the decoder's matrices in so many bits; SOURCE may then be a converted checkpoint.
     """
     from convert.from_torch import convert as run
     from vl2_jax.api import find_model
 
     with Display(messages) as report:
-        run(find_model(source), destination, dtype, report)
+        run(find_model(source), destination, dtype, weights, report)
     tell(f"converted {source} to {destination}")

@@ -42,7 +42,8 @@ class ModelFlags:
       adapters: Directory of low-rank adapters in PEFT's layout.
       merge: Add the adapters to the weights; by default to float32 weights alone.
       no_merge: Keep the adapters beside the weights, where bfloat16 loses nothing of them.
-      dtype: bfloat16 or float32; by default float32 on a CPU that can hold it, else the checkpoint's.
+      dtype: bfloat16 or float32, of the weights; by default the checkpoint's. A CPU computes in float32.
+      weights: int8 or int4: the decoder's matrices in so many bits, if the checkpoint does not hold them so already.
       chunk_size: Prompt positions computed at a time, at most; by default what suits the platform.
       verify: Check the weights against their manifest while loading.
     """
@@ -52,6 +53,7 @@ class ModelFlags:
     merge: tyro.conf.FlagCreatePairsOff[bool] = False
     no_merge: tyro.conf.FlagCreatePairsOff[bool] = False
     dtype: str | None = None
+    weights: str | None = None
     chunk_size: int | None = None
     verify: bool = True
 
@@ -69,7 +71,7 @@ class ModelFlags:
         """What `vl2_jax.load` takes beside the model."""
         if self.merge and self.no_merge:
             raise RequestError("--merge and --no-merge are given; choose one of them.")
-        options = {name: getattr(self, name) for name in ("adapters", "dtype", "chunk_size", "verify")}
+        options = {name: getattr(self, name) for name in ("adapters", "dtype", "weights", "chunk_size", "verify")}
         if self.merge or self.no_merge:
             options["merge"] = self.merge
         return options | {"mesh": devices.mesh, "dispatch": devices.dispatch}

@@ -40,6 +40,7 @@ def config_of(model: str) -> Any:
 
 def describe(config: Any) -> dict[str, Any]:
     """Counts and sizes of a configuration, from shapes alone."""
+    from convert.quantise import KINDS, bytes_of
     from convert.weight_map import plan
 
     language = config.language_config
@@ -58,6 +59,7 @@ def describe(config: Any) -> dict[str, Any]:
         "parameters_active_per_token": total - pooling - idle - count["language/embed_tokens"],
         "memory_bytes_bfloat16": 2 * total,
         "memory_bytes_float32": 4 * total,
+        **{f"memory_bytes_{kind}": bytes_of(leaves, kind) for kind in KINDS},
         "cache_bytes_per_token_bfloat16": 2 * cache,
         "context_tokens": language.max_position_embeddings,
         "visual_tokens_per_tile": config.tokens_per_tile,

@@ -128,9 +128,7 @@ def serve(
 
 
 def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:
-    from convert.checkpoint import dtype_of
-    from convert.weight_map import plan
-    from vl2_jax.api import fastest_dtype, find_model
+    from vl2_jax.api import find_model
     from vl2_jax.config import read_config
     from vl2_jax.serving.http import fetching
     from vl2_jax.serving.http.decoding import PictureLimits
@@ -140,6 +138,7 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
     from vl2_jax.serving.http.service import Settings
     from vl2_jax.serving.requests import Limits
     from vl2_jax.serving.room import pages_for
+    from vl2_jax.weights import stored_and_computed
 
     _check_at_least(1, engine, "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens")
     _check_at_least(1, engine, "num_pages")
@@ -151,7 +150,8 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
     domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
     for domain in domains:
         fetching.check_domain(domain)
-    config = read_config(find_model(model.model))
+    directory = find_model(model.model)
+    config = read_config(directory)
     context = config.language_config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > context:
         raise RequestError(f"--max-model-len is {engine.max_model_len}; the model's context holds {context}.")
@@ -164,7 +164,7 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
         prefix_cache=engine.enable_prefix_caching,
     )
     if mesh is None:  # how weights and cache are spread over one is the mesh's to know
-        pages_for(config, dtype_of(model.dtype or fastest_dtype(config, plan(config))), limits)
+        pages_for(config, *stored_and_computed(directory, config, model.dtype, model.weights), limits)
     return Settings(
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,

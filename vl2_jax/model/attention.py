@@ -35,6 +35,7 @@ from vl2_jax.ops.latent_attention.absorbed import to_latents, to_values
 from vl2_jax.ops.latent_attention.expanded import expand
 from vl2_jax.ops.latent_attention.forms import attend_to_latents
 from vl2_jax.ops.multi_head_attention.api import multi_head_attention
+from vl2_jax.ops.narrow.product import widened
 from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
 
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
@@ -101,7 +102,7 @@ class LatentAttention(nn.Module):
         latent = norm("kv_a_layernorm")(compressed[..., :rank])
         k_rope = rotate(compressed[..., None, rank:], *tables, interleaved=True)[:, :, 0]
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
-        kv_b, factors = kv_b.astype(self.dtype), adapter_of(self, "kv_b_proj", self.dtype) or ()
+        kv_b, factors = widened(kv_b, self.dtype), adapter_of(self, "kv_b_proj", self.dtype) or ()
         scale = softmax_scale(config)
         with jax.named_scope("latent_attention"):
             if cache is not None:

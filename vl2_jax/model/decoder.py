@@ -29,6 +29,7 @@ from vl2_jax.model.layers import (
 from vl2_jax.model.moe import MoE, Routing
 from vl2_jax.model.rope import rotary_tables
 from vl2_jax.ops.flash_attention.segments import sees
+from vl2_jax.ops.narrow.product import rows_of
 from vl2_jax.ops.paging.pages import PAGE
 
 Cache = tuple[LayerCache, ...]
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         table = self.layout.constrain(self.embedding, "vocab", None)
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+        return rows_of(table, ids).astype(self.dtype)
 
     def __call__(
         self,

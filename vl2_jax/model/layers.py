@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.errors import ConfigError
 from vl2_jax.ops.expert_ffn.api import ExpertAdapters, expert_ffn
+from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import in_dtype, product
 
 Dtype = Any
 Initializer = Callable[..., jax.Array]
@@ -112,8 +114,12 @@ def declare(
     shape: Sequence[int],
     axes: Sequence[str | None],
     dtype: Dtype,
-) -> jax.Array:
-    """A parameter of `module`, with the logical name of each of its axes."""
+) -> Any:
+    """A parameter of `module`, with the logical name of each of its axes; a matrix may be `Narrow`."""
+    if module.has_variable("params", name):
+        stored: Any = module.get_variable("params", name)
+        if isinstance(stored, Narrow):
+            return stored
     boxed: Any = nn.with_logical_partitioning(initializer, tuple(axes))
     return module.param(name, boxed, tuple(shape), dtype)
 
@@ -145,7 +151,7 @@ class Linear(nn.Module):
         kernel = declare(self, "kernel", self.kernel_init, shape, self.axes, self.param_dtype)
         x = x.astype(self.dtype)
         # Rows in one axis: XLA:CPU makes a transposed copy of the gradient for a product over more than one.
-        y = (x.reshape(-1, shape[0]) @ kernel.astype(self.dtype)).reshape(*x.shape[:-1], self.features)
+        y = product(x.reshape(-1, shape[0]), in_dtype(kernel, self.dtype)).reshape(*x.shape[:-1], self.features)
         if pair := adapter_of(self, "kernel", self.dtype):
             y += (x @ pair[0]) @ pair[1]
         if self.use_bias:

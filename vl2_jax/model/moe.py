@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
 from vl2_jax.model.layers import ONE_DEVICE, Dtype, GatedMLP, Layout, adapter_of, declare
+from vl2_jax.ops.narrow.product import in_dtype
 
 
 class Routing(NamedTuple):
@@ -48,7 +49,7 @@ class MoE(nn.Module):
             "experts_down_proj": ((experts, hidden, width), tall),
         }
         kernels = [
-            declare(self, name, init, shape, axes, self.param_dtype).astype(self.dtype)
+            in_dtype(declare(self, name, init, shape, axes, self.param_dtype), self.dtype)
             for name, (shape, axes) in described.items()
         ]
         gate, up, down = kernels

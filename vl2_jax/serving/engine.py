@@ -88,7 +88,7 @@ class Engine:
         self._lengths = chunking(platform, vl2.chunk_size).within(self._context).lengths()
         spare = 0 if self._lengths[-1] % PAGE == 0 or PAGE % self._lengths[-1] == 0 else self._lengths[-1]
         self._per = -(-(self._context + spare) // PAGE)
-        self._page_count = pages_for(vl2.config, vl2.model.dtype, limits, platform=platform)
+        self._page_count = pages_for(vl2.config, self._weights(), vl2.model.dtype, limits, platform=platform)
         self._tiles = TileTable(-(-_FEWEST_TILES // self._model.layout.devices), self._model.layout.devices)
         self._schedule = Schedule(PagePool(self._page_count), limits.max_running, limits.prefix_cache)
         self._changed = threading.Condition()
@@ -416,6 +416,11 @@ class Engine:
             sequence.is_cancelled = True
 
     # Memory and programs.
+
+    def _weights(self) -> int:
+        """Bytes of them on one device."""
+        leaves = jax.tree.leaves(self._params)
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
 
     def _make_memory(self) -> None:
         self._cache, self._slots = programs.empty(self._model, self._page_count, self._limits.max_running)

@@ -6,13 +6,11 @@ requests at once could fill.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import numpy as np
 
-from convert.weight_map import plan
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import RequestError
 from vl2_jax.memory import usable_memory
@@ -28,17 +26,19 @@ def page_bytes(config: VL2Config, dtype: Any) -> int:
     return PAGE * language.num_hidden_layers * language.cache_width * np.dtype(dtype).itemsize
 
 
-def weight_bytes(config: VL2Config, dtype: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in plan(config)) * np.dtype(dtype).itemsize
-
-
 def pages_for(
-    config: VL2Config, dtype: Any, limits: Limits, memory: int | None = None, platform: str | None = None
+    config: VL2Config,
+    weights: int,
+    dtype: Any,
+    limits: Limits,
+    memory: int | None = None,
+    platform: str | None = None,
 ) -> int:
     """Pages of the cache, the scratch page among them.
 
     Args:
-      dtype: of weights and cache.
+      weights: bytes of them on one device.
+      dtype: of the cache.
       memory: bytes that model and cache may take together; `None` is what this machine's first device has, or what
         this process may use, and no limit where neither tells.
 
@@ -53,7 +53,7 @@ def pages_for(
     memory = memory_of(platform) if memory is None else memory
     if memory is None:
         return 1 + wanted
-    left = (memory - weight_bytes(config, dtype)) * _SHARE.get(platform, 0.5)
+    left = (memory - weights) * _SHARE.get(platform, 0.5)
     fit = max(0, int(left / page_bytes(config, dtype)) - 1)
     size = f"{page_bytes(config, dtype) * whole / 1e9:.1f} GB"
     if limits.pages is not None and limits.pages > fit:

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.model.layers import Axes, Layout
 from vl2_jax.ops.expert_ffn.api import ExpertAdapters, expert_ffn
+from vl2_jax.ops.narrow.kinds import Narrow
 from vl2_jax.sharding.ragged import exchange_and_compute
-from vl2_jax.sharding.rules import EXPERT, TENSOR, sharding_of, spec_of
+from vl2_jax.sharding.rules import EXPERT, TENSOR, sharding_of, spec_of, specs_of
 
 Dispatch = Literal["ring", "ragged"]
 
@@ -97,15 +98,18 @@ class MeshLayout(Layout):
     ) -> Float[Array, "B T D"]:
         # A kernel's embed axis is gathered from `fsdp` here; its experts and their width stay where they are.
         rows = spec_of(self.mesh, x.shape, ("batch", None, None))
-        wide = spec_of(self.mesh, gate.shape, ("expert", None, "expert_mlp"))
-        tall = spec_of(self.mesh, down.shape, ("expert", "expert_mlp", None))
+        wide = specs_of(self.mesh, gate, ("expert", None, "expert_mlp"))
+        tall = specs_of(self.mesh, down, ("expert", "expert_mlp", None))
         factors = None if adapters is None else tuple(self._specs_of(pair, n == 2) for n, pair in enumerate(adapters))
+        lies = jax.tree.leaves(tall, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))[0]
+        if isinstance(gate, Narrow) and TENSOR not in _axes_of(lies, 1):  # as far as groups of rows of `down` allow
+            wide = specs_of(self.mesh, gate, ("expert", None, None))
         body = partial(
             _local_experts,
             experts=gate.shape[0],
-            over=_axes_of(wide, 0),
+            over=_axes_of(lies, 0),
             spread=EXPERT in _axes_of(rows, 0),
-            width_split=TENSOR in _axes_of(wide, 2),
+            width_split=TENSOR in _axes_of(lies, 1),
             sizes=dict(self.mesh.shape),
             dispatch=self.dispatch,
         )

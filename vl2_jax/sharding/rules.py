@@ -13,10 +13,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.quantise import abstract_quantised, is_quantised
 from convert.weight_map import flatten
 from vl2_jax.config import VL2Config
 from vl2_jax.model.layers import Dtype
-from vl2_jax.model.vl2 import abstract_boxed_params, map_boxed
+from vl2_jax.model.vl2 import abstract_boxed_params
+from vl2_jax.ops.narrow.kinds import Narrow
 
 DATA, FSDP, EXPERT, TENSOR = "data", "fsdp", "expert", "tensor"
 AXES = (DATA, FSDP, EXPERT, TENSOR)
@@ -59,10 +61,34 @@ def sharding_of(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) ->
     return NamedSharding(mesh, spec_of(mesh, shape, axes))
 
 
-def abstract_sharded_params(config: VL2Config, mesh: Mesh, param_dtype: Dtype) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path -> shape, dtype and sharding of every parameter."""
+def specs_of(mesh: Mesh, kernel: Any, axes: Sequence[str | None]) -> Any:
+    """How a matrix, or those of all experts, lies on the mesh: of every part, where it is `Narrow`."""
+    if not isinstance(kernel, Narrow):
+        return spec_of(mesh, kernel.shape, axes)
+    whole = [*spec_of(mesh, kernel.units, axes), *[None] * kernel.ndim]
 
-    def laid(value: Any, names: Sequence[str | None]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding_of(mesh, value.shape, names))
+    def of_part(part: Any) -> PartitionSpec:
+        return PartitionSpec(*(None if size == 1 else names for size, names in zip(part.shape, whole)))
 
-    return flatten(map_boxed(laid, abstract_boxed_params(config, param_dtype)))
+    return jax.tree.map(of_part, kernel)
+
+
+def abstract_sharded_params(
+    config: VL2Config, mesh: Mesh, param_dtype: Dtype, kind: str | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path -> shape, dtype and sharding of every parameter, or of its parts where it is quantised.
+
+    Args:
+      kind: of `convert.quantise`; `None` is of floats.
+    """
+    flat: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, box in flatten(abstract_boxed_params(config, param_dtype)).items():
+        value, parts = box.value, {"": box.value}
+        if kind is not None and is_quantised(path):
+            value = abstract_quantised(path, value.shape, kind)
+            parts = {f"/{name}": part for name, part in vars(value).items()}
+        specs = specs_of(mesh, value, box.names)
+        for name, part in parts.items():
+            spec = getattr(specs, name[1:]) if name else specs
+            flat[path + name] = jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=NamedSharding(mesh, spec))
+    return flat

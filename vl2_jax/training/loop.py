@@ -336,6 +336,7 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
         vl2 = load(
             described.path,
             dtype=described.param_dtype,
+            weights="arrays",
             mesh=getattr(layout, "mesh", None),
             adapters=None if recipe.lora.rank else described.adapters,
             merge=True,

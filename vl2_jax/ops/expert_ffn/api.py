@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.expert_ffn import adapted, reference, xla
 from vl2_jax.ops.expert_ffn.adapted import ExpertAdapters
+from vl2_jax.ops.narrow.kinds import Narrow
 
 
 def expert_ffn(
@@ -55,6 +56,8 @@ def expert_ffn(
         return adapted.expert_ffn(x, gate, up, down, expert_ids, combine_weights, adapters)
     if implementation == "reference":
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
+    if isinstance(gate, Narrow):
+        return xla.expert_ffn(x, gate, up, down, expert_ids, combine_weights, spread_over=spread_over)
     if implementation is None and not _kernel_supports(x, gate):
         implementation = "xla"
     return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over or gate.shape[0])

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.grouped_matmul.xla import Blocks, block_rows, cut_into_blocks
+from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import product
 
 
 def expert_ffn(
@@ -30,13 +32,13 @@ def expert_ffn(
     weights = combine_weights.astype(jnp.float32).ravel()
 
     def body(number, out):
-        g, u, d = _kernels(gate, up, down, blocks.group[number])
+        by_gate, by_up, by_down = _products(gate, up, down, blocks.group[number])
 
         def of_height(height, out):
             _, pair, token, valid = _rows_of_block(blocks, order, number, height, k)
             rows = x[token]
-            hidden = jax.nn.silu(rows @ g) * (rows @ u)
-            result = (hidden @ d).astype(jnp.float32) * jnp.where(valid, weights[pair], 0)[:, None]
+            hidden = jax.nn.silu(by_gate(rows)) * by_up(rows)
+            result = by_down(hidden).astype(jnp.float32) * jnp.where(valid, weights[pair], 0)[:, None]
             return out.at[token].add(result)
 
         return _at_lowest_height(block, blocks.stop[number] - blocks.start[number], of_height, out)
@@ -102,6 +104,13 @@ def _at_lowest_height(block, rows, of_height, carried):
     heights = (block,) if block < 64 else (block // 2, block * 3 // 4, block * 7 // 8, block)
     lowest = (rows > jnp.asarray(heights[:-1], jnp.int32)).sum()
     return jax.lax.switch(lowest, [partial(of_height, height) for height in heights], carried)
+
+
+def _products(gate, up, down, expert):
+    """Rows to their products with one expert's kernels."""
+    if isinstance(gate, Narrow):
+        return [partial(product, kernel=kernel, expert=expert) for kernel in (gate, up, down)]
+    return [partial(product, kernel=kernel) for kernel in _kernels(gate, up, down, expert)]
 
 
 def _kernels(gate, up, down, expert):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.grouped_matmul import reference, xla
+from vl2_jax.ops.narrow.kinds import Narrow
 
 
 def grouped_matmul(
@@ -34,6 +35,8 @@ def grouped_matmul(
       transpose_rhs: multiply with the transposed matrices.
       implementation: `None` is the kernel where the program is compiled for a TPU and the kernel takes it, else "xla".
     """
+    if isinstance(rhs, Narrow):
+        return xla.grouped_matmul(lhs, rhs, group_sizes)
     return _grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, implementation)
 
 

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.narrow.product import product
+
 _LARGEST_BLOCK = 512
 
 
@@ -60,10 +62,10 @@ def grouped_matmul(
 
     def body(number, out):
         start = blocks.start[number]
-        product = jax.lax.dynamic_slice_in_dim(padded, start, block) @ rhs[blocks.group[number]]
+        result = product(jax.lax.dynamic_slice_in_dim(padded, start, block), rhs, blocks.group[number])
         valid = start + jnp.arange(block) < blocks.stop[number]
         old = jax.lax.dynamic_slice_in_dim(out, start, block)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(valid[:, None], product, old), start, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(valid[:, None], result, old), start, 0)
 
     out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)
     return jax.lax.fori_loop(0, blocks.existing, body, out)[:rows]

@@ -1,0 +1,184 @@
+"""Kinds of matrices that are kept in fewer bytes than they are multiplied in.
+
+A kind is what stands in a tree of parameters in the place of an array, and what `product` takes in that place.
+
+    Bits     uint16 [.., D, F]        the upper half of a float32: bfloat16, as whole numbers
+    Int8     int8   [.., D, F]        times a float32 scale of each column
+    Int4     uint8  [.., D / 2, F]    two numbers a byte, times a float32 scale of each column and group of rows
+
+    a group of 128 rows of an Int4 is 64 stored rows: row j in the low half of the bytes, row j + 64 in the high half
+
+XLA:CPU widens arrays of narrow floats as a whole around a loop; whole numbers it leaves alone. A stored row is one row
+of the array in which a matrix lies; it holds one or more rows of the matrix.
+
+E experts, D and F width of what is multiplied and of the result, S stored rows, p rows of the matrix in each, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, UInt8, UInt16
+from jaxtyping import Int8 as Int8Array
+
+
+class Narrow:
+    """What all kinds have: shape, rank and place of the matrix, or of those of all experts, and what products need.
+
+    `expert` is 0 where there is one matrix.
+    """
+
+    @property
+    def stored(self) -> Array:
+        """The array whose rows are stored rows, `[S, F]` or `[E, S, F]`."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.stored.ndim
+
+    @property
+    def sharding(self) -> Any:
+        return self.stored.sharding
+
+    @property
+    def alike(self) -> int:
+        """How many stored rows one after another have the same scales."""
+        return self.stored.shape[-2]
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """How many there are along each axis of what can be cut apart."""
+        return self.shape
+
+    def widened(self, dtype: Any, expert: Array | None = None) -> Float[Array, "... D F"]:
+        """The matrix as an array, or all of them, or that of one expert."""
+        raise NotImplementedError
+
+    def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S p"]:
+        """What each stored row is multiplied with."""
+        return x[:, None]
+
+    def in_stored(self, rows: Array) -> tuple[Float[Array, ...], ...]:
+        """The p rows of the matrix that each of these stored rows holds, float32, without scales."""
+        raise NotImplementedError
+
+    def scaled(self, sums: Float[Array, "R F"], expert: Array, begin: Array | int) -> Float[Array, "R F"]:
+        """Sums over stored rows that have the same scales, of each of R segments of the matrix, times these.
+
+        Args:
+          begin: in each segment, the first stored row that was added.
+        """
+        del expert, begin
+        return sums
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bits(Narrow):
+    """bfloat16 numbers as whole ones."""
+
+    bits: UInt16[Array, "... D F"]
+
+    @classmethod
+    def of(cls, array: Array) -> Bits:
+        """Of a bfloat16 array, where it lies; on one device it is not copied."""
+        if len(array.sharding.device_set) == 1:
+            return cls(jax.device_put(np.asarray(array).view(np.uint16), array.sharding, may_alias=True))
+        return cls(lax.bitcast_convert_type(array, jnp.uint16))
+
+    @property
+    def stored(self) -> Array:
+        return self.bits
+
+    def in_stored(self, rows: Array) -> tuple[Array, ...]:
+        return (_float32(rows),)
+
+    def widened(self, dtype: Any, expert: Array | None = None) -> Array:
+        bits = self.bits if expert is None else self.bits[expert]
+        return _float32(bits).astype(dtype)
+
+    def taken(self, rows: Int[Array, ...]) -> Float[Array, "... F"]:
+        """Some rows, float32."""
+        return _float32(self.bits[rows])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int8(Narrow):
+    """Whole numbers from -127 to 127 and a scale of each column."""
+
+    values: Int8Array[Array, "... D F"]
+    scales: Float32[Array, "... 1 F"]
+
+    @property
+    def stored(self) -> Array:
+        return self.values
+
+    def widened(self, dtype: Any, expert: Array | None = None) -> Array:
+        values, scales = (part if expert is None else part[expert] for part in (self.values, self.scales))
+        return (values.astype(jnp.float32) * scales).astype(dtype)
+
+    def in_stored(self, rows: Array) -> tuple[Array, ...]:
+        return (rows.astype(jnp.float32),)
+
+    def scaled(self, sums: Array, expert: Array, begin: Array | int) -> Array:
+        return sums * self.scales.reshape(-1, self.scales.shape[-1])[expert]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Int4(Narrow):
+    """Whole numbers from -8 to 7, kept as 0 to 15, and a scale of each group and column."""
+
+    nibbles: UInt8[Array, "... S F"]
+    scales: Float32[Array, "... G F"]
+
+    @property
+    def stored(self) -> Array:
+        return self.nibbles
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *experts, stored, width = self.nibbles.shape
+        return (*experts, 2 * stored, width)
+
+    @property
+    def alike(self) -> int:
+        return self.nibbles.shape[-2] // self.scales.shape[-2]
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return self.scales.shape
+
+    def widened(self, dtype: Any, expert: Array | None = None) -> Array:
+        nibbles, scales = (part if expert is None else part[expert] for part in (self.nibbles, self.scales))
+        *experts, groups, width = scales.shape
+        halves = jnp.stack(self.in_stored(nibbles.reshape(*experts, groups, self.alike, width)), axis=-3)
+        return (halves * scales[..., None, None, :]).reshape(*experts, -1, width).astype(dtype)
+
+    def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S 2"]:
+        return x.reshape(-1, 2, self.alike).swapaxes(1, 2).reshape(-1, 2)
+
+    def in_stored(self, rows: Array) -> tuple[Array, ...]:
+        whole = rows.astype(jnp.int32)
+        return tuple((half - 8).astype(jnp.float32) for half in (whole & 15, whole >> 4))
+
+    def scaled(self, sums: Array, expert: Array, begin: Array | int) -> Array:
+        segments, width = sums.shape
+        by_segment = self.scales.reshape(-1, segments, self.scales.shape[-2] // segments, width)
+        begins = (expert, 0, begin // self.alike, 0)
+        return sums * lax.dynamic_slice(by_segment, begins, (1, segments, 1, width))[0, :, 0]
+
+
+def _float32(bits: UInt16[Array, ...]) -> Float[Array, ...]:
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)

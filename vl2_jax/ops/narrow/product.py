@@ -1,0 +1,106 @@
+"""Products with weights as they are stored: arrays as ever, and narrow kinds, which are widened where they are used.
+
+    one row       sums of few stored rows at a time: a stored row is read once, widened in registers, and never written
+    more rows     blocks of columns widened to float32, as large as stays near, and multiplied as any array
+
+What they take is in `docs/quantisation.md`. N rows, D and F widths of the matrix, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from vl2_jax.ops.narrow.kinds import Bits, Narrow
+
+_TOGETHER = 16  # stored rows that one trip adds up
+_SUMS = 1 << 14  # numbers that a trip adds to
+_BLOCK = 1 << 20  # numbers of a block: 4 MB
+
+
+def product(
+    x: Float[Array, "N D"], kernel: Float[Array, "... D F"] | Narrow, expert: Int[Array, ""] | None = None
+) -> Float[Array, "N F"]:
+    """`x @ kernel`, or `x @ kernel[expert]`, in the dtype of `x`; what is narrow adds up in float32."""
+    if not isinstance(kernel, Narrow):
+        return x @ (kernel if expert is None else kernel[expert])
+    return lax.platform_dependent(x, kernel, expert, cpu=_on_cpu, default=_whole)
+
+
+def in_dtype(kernel: Any, dtype: Any) -> Any:
+    """An array in another dtype; what is narrow stays as it is."""
+    return kernel if isinstance(kernel, Narrow) else kernel.astype(dtype)
+
+
+def widened(kernel: Any, dtype: Any) -> Float[Array, ...]:
+    """All of a parameter as an array."""
+    return kernel.widened(dtype) if isinstance(kernel, Narrow) else kernel.astype(dtype)
+
+
+def rows_of(table: Any, ids: Int[Array, ...]) -> Float[Array, "... F"]:
+    """Rows of a table of embeddings."""
+    return table.taken(ids) if isinstance(table, Bits) else jnp.take(table, ids, axis=0)
+
+
+def _whole(x: Array, kernel: Narrow, expert: Array | None) -> Array:
+    return x @ kernel.widened(x.dtype, expert)
+
+
+def _on_cpu(x: Array, kernel: Narrow, expert: Array | None) -> Array:
+    multiply = _one_row if x.shape[0] == 1 else _rows
+    return multiply(x.astype(jnp.float32), kernel, jnp.int32(0) if expert is None else expert).astype(x.dtype)
+
+
+def _one_row(x: Float[Array, "1 D"], kernel: Narrow, expert: Array) -> Float[Array, "1 F"]:
+    """R segments of the matrix at the same time, so that a trip is long enough where rows are short."""
+    size, width = kernel.stored.shape[-2:]
+    alike, most = kernel.alike, max(1, _SUMS // width)
+    groups = size if alike == size else size // alike  # a segment does not begin inside of one
+    segments = next(n for n in range(min(groups, most), 0, -1) if groups % n == 0)
+    length = size // segments
+    together = math.gcd(_TOGETHER, math.gcd(length, alike))
+    stacked = kernel.stored.reshape(-1, segments, length, width)
+    factors = kernel.by_stored(x[0]).reshape(segments, length, -1)
+
+    def trip(number: Array, sums: Array) -> Array:
+        part = jnp.zeros_like(sums)
+        for row in range(together):
+            at = number * together + row
+            rows = lax.dynamic_slice(stacked, (expert, 0, at, 0), (1, segments, 1, width))[0, :, 0]
+            mine = lax.dynamic_slice_in_dim(factors, at, 1, axis=1)[:, 0]
+            for n, wide in enumerate(kernel.in_stored(rows)):
+                part += mine[:, n : n + 1] * wide
+        return sums + (part if alike == size else kernel.scaled(part, expert, number * together))
+
+    sums = lax.fori_loop(0, length // together, trip, jnp.zeros((segments, width), jnp.float32))
+    total = sums.sum(axis=0, keepdims=True)
+    return kernel.scaled(total, expert, 0) if alike == size else total
+
+
+def _rows(x: Float[Array, "N D"], kernel: Narrow, expert: Array) -> Float[Array, "N F"]:
+    depth, width = kernel.shape[-2:]
+    most = max(1, _BLOCK // depth)
+    block = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
+
+    def columns(begin: Array | int) -> Float[Array, "D {block}"]:
+        def take(part: Array) -> Array:
+            stacked = part.reshape(-1, *part.shape[-2:])
+            return lax.dynamic_slice(stacked, (expert, 0, begin), (1, stacked.shape[1], block))[0]
+
+        return jax.tree.map(take, kernel).widened(jnp.float32)
+
+    if block == width:
+        return x @ columns(0)
+
+    def trip(number: Array, out: Array) -> Array:
+        begin = number * block
+        return lax.dynamic_update_slice_in_dim(out, x @ columns(begin), begin, axis=1)
+
+    # Every column is overwritten. Zeros wait for nothing, so XLA would make those of all layers at once: 0.8 GB a tile.
+    room = jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+    return lax.fori_loop(0, width // block, trip, room)
