@@ -123,6 +123,17 @@ def test_a_client_that_goes_away_cancels_what_it_asked_for(client, server, strea
     wait_until(lambda: _gone(client) == gone + 1)
 
 
+def test_a_client_that_closes_after_the_last_event_did_not_leave(client, server):
+    gone, server.engine.script = _gone(client), lambda request: "well"
+    connection = raw(server, {"model": NAME, "messages": [{"role": "user", "content": "?"}], "stream": True})
+    received = b""
+    while b"[DONE]" not in received:
+        received += connection.recv(4096)
+    connection.close()
+    time.sleep(0.2)
+    assert _gone(client) == gone
+
+
 def test_a_client_that_leaves_before_its_pictures_are_read_asks_for_nothing(client, server, monkeypatch):
     import asyncio
 

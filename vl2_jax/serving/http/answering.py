@@ -47,6 +47,11 @@ class Answers:
             self.cancel()
             raise
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last event of every choice was read."""
+        return not self._open
+
     def cancel(self) -> None:
         """Ends all that has not ended, and frees what it holds."""
         for submission in self.submissions:

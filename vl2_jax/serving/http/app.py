@@ -186,7 +186,8 @@ class _Stream(EventSourceResponse):
             self._answers.cancel()
 
     async def _left(self, _: Message) -> None:
-        self._metrics.client_left()
+        if not self._answers.ended:  # else it has all, and closes the connection
+            self._metrics.client_left()
 
 
 class Intake:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -84,7 +83,6 @@ class Metrics:
 
     def watch(self, requests: Sequence[Request], arrived: float) -> Callable[[int, Event, float], None]:
         """Measures the answers to some requests by their events; `arrived` by `time.perf_counter`."""
-        submitted = time.perf_counter()
         last: dict[int, float] = {}
         first: dict[int, float] = {}
 
@@ -108,7 +106,7 @@ class Metrics:
                 self._whole.observe(when - arrived)
                 self._decode.observe(when - begun)
                 self._prefill.observe(spent)
-                self._queue.observe(max(0.0, begun - submitted - spent))
+                self._queue.observe(answer.timings.waited_seconds)
                 self._prompt.observe(answer.prompt_tokens)
                 self._answer.observe(len(answer.token_ids))
 
