@@ -16,6 +16,7 @@ from convert.random_checkpoint import create, create_quantised
 from convert.to_torch import export
 from convert.weight_map import flatten, unflatten
 from tests.conftest import GOLDENS
+from vl2_jax.config import read_preset
 from vl2_jax.errors import VL2Error
 from vl2_jax.ops.narrow.kinds import Int4, Int8, Narrow
 from vl2_jax.ops.narrow.product import widened
@@ -151,7 +152,11 @@ def test_a_converted_checkpoint_can_be_quantised(first_layers, converted, tmp_pa
     assert tensors[0] == tensors[1]
 
 
-def test_a_random_model_is_quantised_as_it_is_drawn(tmp_path):
+def test_a_random_model_is_quantised_as_it_is_drawn(tmp_path, monkeypatch):
+    tables = read_preset("vl2-nano")
+    tables["model"]["language_config"]["num_hidden_layers"] = 2
+    tables["model"]["vision_config"]["layers"] = 1
+    monkeypatch.setattr("convert.random_checkpoint.read_preset", lambda name: tables)
     create("vl2-nano", tmp_path / "released", seed=3)
     convert(tmp_path / "released", tmp_path / "converted", weights="int4")
     create_quantised("vl2-nano", tmp_path / "drawn", "int4", seed=3)
