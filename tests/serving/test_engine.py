@@ -213,7 +213,7 @@ def test_a_listener_that_raises_ends_its_own_request_alone(small):
 @pytest.mark.parametrize("loses_memory", [False, True])
 def test_a_step_that_fails_harms_only_whom_it_concerns(small, monkeypatch, where, loses_memory):
     """Also where the device has given up the memory that the failed program was to update."""
-    from vl2_jax.serving import engine as chapter
+    from vl2_jax.serving import device as chapter
 
     engine, vl2 = small
     expected = {n: vl2.generate(conversation(n), max_tokens=15, ignore_eos=True)[0].token_ids for n in (1, 2, 3)}
@@ -224,12 +224,12 @@ def test_a_step_that_fails_harms_only_whom_it_concerns(small, monkeypatch, where
         if not failures:
             failures.append(where)
             if loses_memory:
-                for layer in engine._cache:
+                for layer in engine._device.cache:
                     layer[0].delete()
             raise RuntimeError("the device says no")
         return real(*arguments, **named)
 
-    engine._tiles.forget()
+    engine._device.tiles.forget()
     monkeypatch.setattr(place, where, failing)
     options = {"max_tokens": 15, "ignore_eos": True, "salt": f"{where} {loses_memory}"}  # so that all is computed
     asked = {n: Asked(engine, vl2, conversation(n), **options) for n in (1, 2, 3)}

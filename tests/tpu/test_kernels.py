@@ -29,6 +29,7 @@ from vl2_jax.ops.flash_attention.api import flash_attention
 from vl2_jax.ops.latent_attention.api import latent_attention
 from vl2_jax.ops.latent_attention.prefill import latent_prefill, supports
 from vl2_jax.ops.multi_head_attention.api import multi_head_attention
+from vl2_jax.ops.paging.pages import LatentPages
 from vl2_jax.ops.vision_attention.api import vision_attention
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import AXES, abstract_sharded_params
