@@ -35,23 +35,6 @@ def write_rows(
     anywhere in a page: the pages that they can touch are read, and those that they do touch are written back.
     """
     new = tuple(rows.astype(array.dtype) for rows, array in zip(new, pages))
-    if pages[0].dtype.itemsize != 2:
-        return _write(pages, new, table, positions)
-    return jax.lax.platform_dependent(pages, new, table, positions, cpu=_write_narrow, default=_write)
-
-
-def _write_narrow(pages: Pages, new: tuple[Array, ...], table: Array | None, positions: Array) -> Pages:
-    """As whole numbers: of narrow floats, XLA:CPU would keep all pages as float32 in a loop that writes some."""
-    dtype = pages[0].dtype
-    bits = _write(type(pages)(*_as(jnp.uint16, pages)), _as(jnp.uint16, new), table, positions)
-    return type(pages)(*_as(dtype, bits))
-
-
-def _as(dtype: Any, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(jax.lax.bitcast_convert_type(array, dtype) for array in arrays)
-
-
-def _write(pages: Pages, new: tuple[Array, ...], table: Array | None, positions: Array) -> Pages:
     sequences, length = positions.shape[0], new[0].shape[-2]
     per = pages_a_sequence(pages, table, sequences)
     many = min(per, (length + PAGE - 2) // PAGE + 1)  # that rows from anywhere can touch
@@ -123,7 +106,7 @@ class _Read(NamedTuple):
     def of(self, array: Array) -> Array:
         if array.dtype.itemsize != 2:
             return self._take(array)
-        # As in `_write_narrow`.
+        # XLA:CPU would widen all pages to float32 ahead of a loop that reads some of them.
         return jax.lax.platform_dependent(array, cpu=self._take_narrow, default=self._take)
 
     def _take(self, array: Array) -> Array:
