@@ -93,12 +93,13 @@ def abstract_quantised(path: str, shape: tuple[int, ...], kind: str) -> Narrow:
     return jax.eval_shape(partial(quantised, kind=kind_at(path, kind)), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def bytes_of(leaves: list[Leaf], kind: str) -> int:
-    """What parameters take in memory, bfloat16 where they are not quantised."""
+def bytes_of(leaves: list[Leaf], kind: str | None, others: int = 2) -> int:
+    """What parameters take in memory; those that are not quantised, so many bytes a number."""
     total = 0
     for leaf in leaves:
-        parts = vars(abstract_quantised(leaf.path, leaf.shape, kind)).values() if is_quantised(leaf.path) else ()
-        total += sum(part.size * part.dtype.itemsize for part in parts) or 2 * math.prod(leaf.shape)
+        is_narrow = kind is not None and is_quantised(leaf.path)
+        parts = vars(abstract_quantised(leaf.path, leaf.shape, kind)).values() if is_narrow else ()
+        total += sum(part.size * part.dtype.itemsize for part in parts) or others * math.prod(leaf.shape)
     return total
 
 

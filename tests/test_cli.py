@@ -81,7 +81,7 @@ def test_a_progress_bar_shows_square_brackets_as_they_are():
         ("generate --model {model} --prompt x --max-tokens 0", "max_tokens is 0"),
         ("generate --model {model} --prompt x --chunk-size 0", "chunk_size is 0"),
         ("generate --model {model} --prompt <image><image> --image {picture}", "2 <image> tag(s) but 1 picture"),
-        ("generate --model {model} --prompt {long}", "the model's context holds 4096"),
+        ("generate --model {model} --prompt {long}", "the context holds 4096"),
         ("info vl2-huge", "there is no directory 'vl2-huge'"),
         ("convert {model} {model}", "exists already"),
         ("convert {empty} {empty}/new", "config.json"),

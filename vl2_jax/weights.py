@@ -8,7 +8,6 @@ on a CPU         no bfloat16 array is left: matrices and embeddings are whole nu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +73,8 @@ def stored_and_computed(directory: Path, config: VL2Config, dtype: str | None, w
     """
     leaves, kept = plan(config), dtype_of(dtype or config.torch_dtype)
     _, kind = kinds_of(directory, leaves, weights)
-    count = sum(math.prod(leaf.shape) for leaf in leaves)
-    on_cpu = jax.default_backend() == "cpu" and weights != ARRAYS
-    return bytes_of(leaves, kind) if kind else count * kept.itemsize, np.dtype(np.float32) if on_cpu else kept
+    wide = weights != ARRAYS and _is_widened(jax.default_backend(), kept)
+    return bytes_of(leaves, kind, kept.itemsize), np.dtype(np.float32) if wide else kept
 
 
 def read_weights(
@@ -144,7 +142,7 @@ def _quantise_in_place(flat: dict[str, Array], kind: str, abstract: Mapping[str,
 def _for_devices(params: Params) -> tuple[Params, Any]:
     """Parameters as what computes with them takes them, and the dtype of products; the given tree is used up."""
     table: Array = params["language"]["embed_tokens"]
-    if next(iter(table.devices())).platform != "cpu" or table.dtype != jnp.bfloat16:
+    if not _is_widened(next(iter(table.devices())).platform, table.dtype):
         return params, table.dtype
     flat = flatten(params)
     del params
@@ -155,3 +153,8 @@ def _for_devices(params: Params) -> tuple[Params, Any]:
             array = Bits.of(array) if is_matrix else array.astype(jnp.float32)
         flat[path] = array
     return unflatten(flat), jnp.dtype(jnp.float32)
+
+
+def _is_widened(platform: str, dtype: Any) -> bool:
+    """Whether numbers of this dtype are multiplied in float32."""
+    return platform == "cpu" and dtype == jnp.bfloat16

@@ -278,7 +278,7 @@ def test_what_can_never_be_answered_is_refused_at_the_door(small, changes, error
 def test_a_prompt_beyond_the_context_is_refused_at_the_door(small):
     engine, vl2 = small
     long = [{"role": "user", "content": "word " * 2000}]
-    with pytest.raises(ContextLengthError, match="there is room for 1024"):
+    with pytest.raises(ContextLengthError, match="the context holds 1024"):
         Asked(engine, vl2, long)
 
 
@@ -302,6 +302,32 @@ def test_closing_ends_what_is_in_the_engine(models):
     asked = [Asked(engine, vl2, conversation(0), max_tokens=400, ignore_eos=True) for _ in range(3)]
     engine.close()
     assert any(isinstance(one.last(), Failed) and isinstance(one.last().error, ClosedError) for one in asked)
+
+
+def test_an_engine_that_cannot_go_on_says_so_and_ends_everyone(models, monkeypatch, caplog):
+    """A step lost the memory of the device, and there is no more of it."""
+    from vl2_jax.serving import device as chapter
+
+    def no_memory(*_):
+        raise RuntimeError("the device has no memory")
+
+    vl2 = models("nano-small")
+    with Engine(vl2, LIMITS) as engine:
+
+        def lost(*_):
+            engine._device.cache[0][0].delete()
+            no_memory()
+
+        monkeypatch.setattr(chapter, "prefill_chunk", lost)
+        monkeypatch.setattr(programs, "empty", no_memory)
+        with engine._changed:
+            asked = [Asked(engine, vl2, conversation(0), max_tokens=5) for _ in range(3)]
+        assert all(isinstance(one.last(20), Failed) for one in asked)
+        assert engine.stage.name == "failed"
+        with pytest.raises(ClosedError, match="the engine is failed and takes nothing on"):
+            Asked(engine, vl2, conversation(0))
+        engine.drain(5)
+    assert "the engine has failed" in caplog.text
 
 
 @pytest.mark.parametrize("limits", [Limits(max_running=0), Limits(pages=1), Limits(max_waiting=-1)])

@@ -105,7 +105,8 @@ class Generator:
         each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
         if len(each) != len(prompts):
             raise RequestError(f"{len(each)} options were given for {len(prompts)} conversations; give one for each.")
-        limits = [self._room_for(prompt, own.max_tokens) for prompt, own in zip(prompts, each) for _ in range(n)]
+        context = self.model.config.language_config.max_position_embeddings
+        limits = [min(own.max_tokens, room_for(p, context)) for p, own in zip(prompts, each) for _ in range(n)]
         pictures = [picture_at(prompt, boxes_on) for prompt in prompts]
         vocabulary = self.model.config.language_config.vocab_size
         eos = self.tokenizer.eos_id
@@ -129,14 +130,10 @@ class Generator:
                 if text and on_text is not None:
                     on_text(row, text)
         timings.new_tokens = sum(len(writer.ids) for writer in writers)
-        answers = []
-        for row, writer in enumerate(writers):
-            prompt, picture = prompts[row // n], pictures[row // n]
-            size = prompt.image_sizes[picture] if prompt.image_sizes else None
-            whole = prompt.begun + writer.text
-            boxes = parse_boxes(whole, *size, as_released=self.as_released, picture=picture) if size else []
-            reason = writer.finish_reason
-            answers.append(Answer(writer.text, writer.ids, writer.logprobs, boxes, reason, len(prompt), timings))
+        answers = [
+            answer_of(writer, prompts[row // n], pictures[row // n], self.as_released, timings)
+            for row, writer in enumerate(writers)
+        ]
         fed = writers[0].ids[:-1]  # the last token was never fed back
         prints = np.concatenate([prompts[0].fingerprints(), np.asarray(fed, np.uint64)])
         return answers, Memory(cache, prints)
@@ -149,7 +146,7 @@ class Generator:
         sampler = Sampler.of(SamplingOptions(seed=0), config.vocab_size, conversations)
         eos, ways = np.full(conversations, self.tokenizer.eos_id, np.int32), (True,) if greedy_only else (True, False)
         with DEVICES, self.model.layout.on_devices():
-            hidden, cache = compile_prefill(self.model, self.params, conversations, self._chunking, report)
+            hidden, cache = compile_prefill(self.model, self.params, conversations, self.chunking, report)
             for number, greedy in enumerate(ways):
                 report("compiling the decoder", number, len(ways))
                 state, *_ = _first_token(self.model, self.params, hidden, lengths, seen, sampler, eos, greedy)
@@ -170,7 +167,7 @@ class Generator:
         pad_id = self.tokenizer.pad_id
         with DEVICES, self.model.layout.on_devices():
             return prefill(
-                self.model, self.params, prompts, capacity, self._chunking, pad_id, memory, timings or Timings(), report
+                self.model, self.params, prompts, capacity, self.chunking, pad_id, memory, timings or Timings(), report
             )
 
     def _run(
@@ -219,7 +216,7 @@ class Generator:
                 )
                 tokens, logprobs, counts = jax.device_get((tokens, logprobs, counts))
                 seconds = (time.perf_counter() - call_begun) / steps
-            steps = int(np.clip(_SECONDS_A_CALL / seconds, 1, _STEPS_A_CALL))
+            steps = steps_a_call(seconds)
             yield [
                 list(zip(tokens[row, :count].tolist(), logprobs[row, :count].tolist()))
                 for row, count in enumerate(counts)
@@ -228,19 +225,37 @@ class Generator:
         return state.cache
 
     @property
-    def _chunking(self) -> Chunking:
+    def chunking(self) -> Chunking:
+        """How prompts are cut, where the parameters lie."""
         leaf = jax.tree.leaves(self.params)[0]
         return chunking(next(iter(leaf.devices())).platform, self.chunk_size, self.model.layout.devices)
 
-    def _room_for(self, prompt: Encoded, max_tokens: int) -> int:
-        """Tokens that may be generated; the last of them is never fed back."""
-        context = self.model.config.language_config.max_position_embeddings
-        if len(prompt) > context:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens ({(prompt.visual_index >= 0).sum()} of them for pictures), the "
-                f"model's context holds {context}; shorten the text, or send fewer or smaller pictures."
-            )
-        return min(max_tokens, context - len(prompt) + 1)
+
+def steps_a_call(seconds: float) -> int:
+    """Tokens that one call of `decode_steps` should decode where one takes so many seconds."""
+    return int(np.clip(_SECONDS_A_CALL / seconds, 1, _STEPS_A_CALL))
+
+
+def room_for(prompt: Encoded, context: int) -> int:
+    """Tokens that an answer may have in a context of so many positions; the last of them is never fed back.
+
+    Raises:
+      ContextLengthError: the prompt alone is longer.
+    """
+    if len(prompt) > context:
+        raise ContextLengthError(
+            f"the prompt has {len(prompt)} tokens ({(prompt.visual_index >= 0).sum()} of them for pictures), the "
+            f"context holds {context}; shorten the text, or send fewer or smaller pictures."
+        )
+    return context - len(prompt) + 1
+
+
+def answer_of(writer: AnswerWriter, prompt: Encoded, picture: int, as_released: bool, timings: Timings) -> Answer:
+    """What was written to a prompt, with the boxes that it points at in the picture of this place (`picture_at`)."""
+    size = prompt.image_sizes[picture] if prompt.image_sizes else None
+    whole = prompt.begun + writer.text
+    boxes = parse_boxes(whole, *size, as_released=as_released, picture=picture) if size else []
+    return Answer(writer.text, writer.ids, writer.logprobs, boxes, writer.finish_reason, len(prompt), timings)
 
 
 def picture_at(prompt: Encoded, number: int) -> int:

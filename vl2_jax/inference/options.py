@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from vl2_jax.errors import RequestError, shown
 
 _SAMPLED_PENALTY = 1.1  # what the released entry points use when they sample; greedy decoding has none
 _PENALTIES = (0.01, 100.0)
-_MOST_BIASES = 1024
+MOST_BIASES = 1024
 MOST_STOP_IDS = 8
 _SMALLEST = float(np.finfo(np.float32).tiny)  # a smaller temperature is 0 on the device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -154,26 +156,30 @@ def _number(value: Any, least: float, most: float) -> float | None:
 
 def _seeds(value: Any) -> int | tuple[int, ...] | None:
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str | bytes):
-        seeds = tuple(_whole(seed, -(2**63), 2**63 - 1) for seed in value)
-        return None if None in seeds else seeds  # type: ignore[return-value]
+        return _all_of([_whole(seed, -(2**63), 2**63 - 1) for seed in value])
     return _whole(value, -(2**63), 2**63 - 1)
+
+
+def _all_of(values: Sequence[T | None]) -> tuple[T, ...] | None:
+    """The values, if all of them are valid."""
+    valid = tuple(value for value in values if value is not None)
+    return valid if len(valid) == len(values) else None
 
 
 def _ids(value: Any) -> tuple[int, ...] | None:
     if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes) or len(value) > MOST_STOP_IDS:
         return None
-    ids = tuple(_whole(id_, 0, 2**31 - 1) for id_ in value)
-    return None if None in ids else ids  # type: ignore[return-value]
+    return _all_of([_whole(id_, 0, 2**31 - 1) for id_ in value])
 
 
 def _biases(value: Any) -> dict[int, float] | None:
     if value is None:
         return {}
-    if not isinstance(value, Mapping) or len(value) > _MOST_BIASES:
+    if not isinstance(value, Mapping) or len(value) > MOST_BIASES:
         return None
-    ids = [_whole(id_, 0, 2**31 - 1) for id_ in value]
-    biases = [_number(bias, -100, 100) for bias in value.values()]
-    return None if None in ids or None in biases else dict(zip(ids, biases))  # type: ignore[arg-type]
+    ids = _all_of([_whole(id_, 0, 2**31 - 1) for id_ in value])
+    biases = _all_of([_number(bias, -100, 100) for bias in value.values()])
+    return None if ids is None or biases is None else dict(zip(ids, biases))
 
 
 def _strings(value: Any) -> tuple[str, ...] | None:

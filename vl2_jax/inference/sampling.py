@@ -36,10 +36,7 @@ class Extras(NamedTuple):
 
     @classmethod
     def of(cls, options: SamplingOptions, vocabulary: int, rows: int, eos: int) -> Extras:
-        """The same options for every row. Ids that are none of the vocabulary have no bias."""
-        bias = np.zeros(vocabulary, np.float32)
-        for id_, value in (options.logit_bias or {}).items():
-            bias[id_ : id_ + 1] = value
+        """The same options for every row; a `vocabulary` of 0 leaves the biases out."""
         ends = [-1 if options.ignore_eos else eos, *options.stop_token_ids]
         ends += [-1] * (1 + MOST_STOP_IDS - len(ends))
         return cls(
@@ -48,8 +45,16 @@ class Extras(NamedTuple):
             np.full(rows, options.min_p, np.float32),
             np.full(rows, options.min_tokens, np.int32),
             np.tile(np.asarray(ends, np.int32), (rows, 1)),
-            np.tile(bias, (rows, 1)),
+            np.tile(bias_of(options, vocabulary), (rows, 1)),
         )
+
+
+def bias_of(options: SamplingOptions, vocabulary: int) -> Float[np.ndarray, " V"]:
+    """What is added to each logit. Ids that are none of the vocabulary have no bias."""
+    bias = np.zeros(vocabulary, np.float32)
+    for id_, value in (options.logit_bias or {}).items():
+        bias[id_ : id_ + 1] = value
+    return bias
 
 
 class Sampler(NamedTuple):

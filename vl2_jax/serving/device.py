@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from vl2_jax.inference.chunks import chunking
 from vl2_jax.inference.generate import Alternatives
+from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import empty_table, encode_some, prefill_chunk
 from vl2_jax.inference.sampling import Sampler
 from vl2_jax.inference.turns import DEVICES
@@ -26,7 +26,7 @@ from vl2_jax.progress import Report
 from vl2_jax.serving import programs
 from vl2_jax.serving.pages import SCRATCH
 from vl2_jax.serving.pictures import TileTable
-from vl2_jax.serving.programs import Rows
+from vl2_jax.serving.programs import Rows, sampler_of, with_bias
 from vl2_jax.serving.requests import Limits
 from vl2_jax.serving.room import pages_for
 from vl2_jax.serving.schedule import Sequence as Asked
@@ -50,16 +50,15 @@ class Device:
     def __init__(self, vl2: VL2, limits: Limits):
         self._model, self._params, self._eos = vl2.model, vl2.params, vl2.processor.tokenizer.eos_id
         config = vl2.config.language_config
-        leaves = jax.tree.leaves(vl2.params)
-        platform = next(iter(leaves[0].devices())).platform
-        weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+        weights = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(vl2.params))
         self.context = min(limits.context or config.max_position_embeddings, config.max_position_embeddings)
-        self.lengths = chunking(platform, vl2.chunk_size).within(self.context).lengths()
+        self.lengths = vl2.generator.chunking.within(self.context).lengths()
         self.seconds = dict.fromkeys(self.lengths, 0.0)
-        self.pages = pages_for(vl2.config, weights, vl2.model.dtype, limits, platform=platform)
+        self.pages = pages_for(vl2.config, weights, vl2.model.dtype, limits)
         spare = 0 if PAGE % self.lengths[-1] == 0 else self.lengths[-1]  # of a last chunk that begins anywhere
         self._per = -(-(self.context + spare) // PAGE)
         self._slot_count, self._vocabulary = limits.max_running, config.vocab_size
+        self._nobody = sampler_of(SamplingOptions(), config.vocab_size, self._eos)  # of a slot that has no request
         devices = vl2.model.layout.devices
         self.tiles = TileTable(-(-_FEWEST_TILES // devices), devices)
         self.cache: Cache = ()
@@ -94,7 +93,7 @@ class Device:
             with DEVICES:
                 self._table = encode_some(self._model, self._params, some, self._table, row)
                 jax.block_until_ready(self._table)
-        except Exception:
+        except Exception:  # the row holds nothing now
             self.tiles.forget()
             raise
 
@@ -118,7 +117,7 @@ class Device:
         with DEVICES:
             self._slots, *told = programs.begin(
                 self._model, self._params, self._hidden, self._slots, np.int32(sequence.slot), seen, counts, step,
-                sequence.sampler, greedy,
+                with_bias(sequence.sampler, sequence.request.options, self._vocabulary), greedy,
             )  # fmt: skip
             return jax.device_get(tuple(told))
 
@@ -142,9 +141,7 @@ class Device:
             ids, last = np.zeros((1, length), np.int32), np.asarray([-1], np.int32)
             for _ in range(2):  # the second time shows how long it takes
                 self._chunk(ids, np.full_like(ids, TEXT), 0, last, self._pages_of([[]]))
-        one = programs.nothing()
-        assert one.extras is not None
-        one = one._replace(extras=one.extras._replace(bias=np.zeros((1, self._vocabulary), np.float32)))
+        one = with_bias(self._nobody, SamplingOptions(), self._vocabulary)
         seen, counts = np.zeros(self._vocabulary, bool), np.zeros(self._vocabulary, np.int16)
         for greedy in (True, False):
             report("compiling", done := done + 1, total)
@@ -179,7 +176,7 @@ class Device:
         whole = partial(np.zeros, count, np.int32)
         pages = self._pages_of([by_slot[slot].pages if slot in by_slot else [] for slot in range(count)])
         rows = Rows(whole(), whole(), whole(), np.ones(count, bool), np.full(count, -1, np.int32), pages)
-        samplers = [programs.nothing()] * count
+        samplers = [self._nobody] * count
         for slot, sequence in by_slot.items():
             rows.token[slot] = sequence.ids[-1]
             rows.position[slot] = sequence.computed
@@ -187,10 +184,8 @@ class Device:
             rows.done[slot] = False
             if not sequence.request.options.ignore_eos:
                 rows.eos[slot] = self._eos
-            own = sequence.sampler
-            assert own.extras is not None
-            samplers[slot] = own._replace(extras=own.extras._replace(bias=np.zeros((1, 0), np.float32)))
-        return rows, programs.sampler_of(samplers, count)
+            samplers[slot] = sequence.sampler
+        return rows, jax.tree.map(lambda *parts: np.concatenate(parts), *samplers)
 
     def _buckets(self) -> list[int]:
         most = self._slot_count

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import threading
 import time
 from collections import deque
@@ -19,17 +20,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vl2_jax.compilation import counting_compilations
-from vl2_jax.errors import ClosedError, ContextLengthError, OverloadedError, RequestError
-from vl2_jax.inference.answers import Answer, AnswerWriter
-from vl2_jax.inference.generate import Alternatives, picture_at
-from vl2_jax.inference.sampling import Extras, Sampler
+from vl2_jax.errors import ClosedError, OverloadedError, RequestError
+from vl2_jax.inference.answers import AnswerWriter
+from vl2_jax.inference.generate import Alternatives, answer_of, picture_at, room_for, steps_a_call
 from vl2_jax.inference.turns import DEVICES
 from vl2_jax.ops.paging.pages import PAGE
-from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.progress import Report, silent
 from vl2_jax.serving.device import Device
 from vl2_jax.serving.pages import Beginnings, PagePool, tile_digests
 from vl2_jax.serving.pictures import tiles_shown
+from vl2_jax.serving.programs import sampler_of
 from vl2_jax.serving.requests import (
     MOST_ALTERNATIVES,
     Event,
@@ -49,10 +49,9 @@ from vl2_jax.serving.schedule import Schedule, Sequence
 if TYPE_CHECKING:
     from vl2_jax.api import VL2
 
-_STEPS_A_CALL = 16
-_SECONDS_A_CALL = 0.1  # tokens should appear at least this often
+log = logging.getLogger("vl2_jax.serving")
+
 _SECONDS_A_CHUNK = 0.5  # those who run wait no longer than that for a chunk of another's prompt, where chunks allow
-_FEWEST_TILES = 64  # rows of the table of tiles
 
 
 class Engine:
@@ -75,14 +74,13 @@ class Engine:
         with DEVICES, vl2.model.layout.on_devices():
             self._device = Device(vl2, limits)
             self._device.compile(report)
-        self._context, self._vocabulary = self._device.context, vl2.config.language_config.vocab_size
         self._schedule = Schedule(PagePool(self._device.pages), limits.max_running, limits.prefix_cache)
         self._changed = threading.Condition()
         self._inbox: deque[Sequence] = deque()
-        self._scheduled = (0, 0)  # requests that wait in the schedule, and the positions of their prompts
+        self._scheduled = (0, 0, 0)  # sequences of the schedule, those that wait, and the positions of their prompts
+        self._is_over = False  # nobody has time any more
         self._steps = self._tiles_encoded = self._compilations = 0
-        self._step_seconds = _SECONDS_A_CALL
-        self._answer_seconds = 1.0
+        self._step_seconds = self._answer_seconds = 1.0
         self._stage = Stage("ready", share=1.0)
         self._thread = threading.Thread(target=self._run, name="vl2-engine", daemon=True)
         self._thread.start()
@@ -103,7 +101,7 @@ class Engine:
                 raise OverloadedError(f"{waiting} requests wait already; try again in {seconds:.0f} s.", seconds)
             self._inbox.append(sequence)
             self._changed.notify_all()
-        return _Submission(self, sequence)
+        return _Submission(sequence)
 
     def check(self, request: Request) -> None:
         self._limit(request)
@@ -135,7 +133,7 @@ class Engine:
 
     @property
     def context(self) -> int:
-        return self._context
+        return self._device.context
 
     def drain(self, seconds: float) -> None:
         end = time.monotonic() + seconds
@@ -143,9 +141,7 @@ class Engine:
             if self._stage.name == "ready":
                 self._stage = Stage("draining")
             self._changed.wait_for(lambda: not self._busy(), max(0.0, end - time.monotonic()))
-            for sequence in [*self._schedule.sequences, *self._inbox]:
-                sequence.is_cancelled = True
-            self._changed.notify_all()
+            self._is_over = True
             self._changed.wait_for(lambda: not self._busy(), 60)
 
     def close(self) -> None:
@@ -163,30 +159,24 @@ class Engine:
 
     def _waiting(self) -> tuple[int, int]:
         """Requests that wait and positions of their prompts."""
-        waiting, tokens = self._scheduled
+        _, waiting, tokens = self._scheduled
         return waiting + len(self._inbox), tokens + sum(len(sequence.ids) for sequence in self._inbox)
 
     def _in_work(self) -> int:
         return len(self._schedule.running) + (self._schedule.reading is not None)
 
     def _busy(self) -> bool:
-        return bool(self._schedule.sequences or self._inbox)
+        return bool(self._scheduled[0] or self._inbox)
 
     def _limit(self, request: Request) -> int:
-        """Tokens that the answer may have; the last of them is never fed back."""
-        length, room = len(request.prompt), min(self._context, (self._device.pages - 1) * PAGE)
-        if length > room:
-            raise ContextLengthError(
-                f"the prompt has {length} tokens ({(request.prompt.visual_index >= 0).sum()} of them for pictures), "
-                f"there is room for {room}; shorten the text, or send fewer or smaller pictures."
-            )
-        return min(request.options.max_tokens, room - length + 1)
+        """Tokens that the answer may have."""
+        room = min(self._device.context, (self._device.pages - 1) * PAGE)
+        return min(request.options.max_tokens, room_for(request.prompt, room))
 
     def _sequence(self, request: Request, listener: Listener) -> Sequence:
         self.check(request)
         options, tokenizer = request.options, self._vl2.processor.tokenizer
-        sampler = Sampler.of(options, self._vocabulary, 1)
-        sampler = sampler._replace(extras=Extras.of(options, self._vocabulary, 1, tokenizer.eos_id))
+        sampler = sampler_of(options, self._vl2.config.language_config.vocab_size, tokenizer.eos_id)
         tiles = tile_digests(request.prompt)
         root = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).digest()
         writer = AnswerWriter(tokenizer, options, self._limit(request))
@@ -196,12 +186,26 @@ class Engine:
     # The engine's thread.
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # of what mends a step that failed, so that nothing can be computed any more
+            log.exception("the engine has failed")
+            self._stage = Stage("failed")
+        with self._changed:
+            self._take_in()
+            self._scheduled = (0, 0, 0)
+            self._changed.notify_all()
+        why = "failed" if self._stage.name == "failed" else "was closed"
+        for sequence in self._schedule.sequences:
+            self._end(sequence, Failed(ClosedError(f"the engine {why} before this was answered.")))
+
+    def _serve(self) -> None:
         with self._vl2.model.layout.on_devices(), counting_compilations() as names:
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._busy() or self._stage.name == "closed")
                     if self._stage.name == "closed":
-                        break
+                        return
                     self._take_in()
                 try:
                     self._step()
@@ -212,21 +216,18 @@ class Engine:
                 with self._changed:
                     self._take_in()
                     self._changed.notify_all()
-        with self._changed:
-            self._take_in()
-        for sequence in self._schedule.sequences:
-            self._end(sequence, Failed(ClosedError("the engine was closed before this was answered.")))
 
     def _take_in(self) -> None:
         waiting = self._schedule.waiting
         waiting.extend(self._inbox)
         self._inbox.clear()
-        self._scheduled = len(waiting), sum(len(sequence.ids) for sequence in waiting)
+        self._scheduled = len(waiting) + self._in_work(), len(waiting), sum(len(s.ids) for s in waiting)
 
     def _step(self) -> None:
         for sequence in self._schedule.sequences:
-            if sequence.is_cancelled:
-                self._end(sequence, self._finished(sequence, "cancelled"))
+            if sequence.is_cancelled or self._is_over:
+                sequence.writer.finish_reason = "cancelled"
+                self._end(sequence, self._finished(sequence))
         reading = self._schedule.next_to_read()
         if reading is not None:
             try:
@@ -268,7 +269,7 @@ class Engine:
         told = self._device.begin(sequence, _is_plain(sequence))
         self._schedule.has_read()
         if not sequence.has_started:
-            sequence.has_started, sequence.started = True, time.perf_counter()
+            sequence.has_started = True
             sequence.timings.reused_tokens = sequence.reused
             self._tell(sequence, Started(sequence.reused))
         self._push(sequence, *told)
@@ -278,7 +279,7 @@ class Engine:
         schedule = self._schedule
         longest = max(s.writer.limit - len(s.writer.ids) for s in schedule.running)
         is_alone = not (schedule.reading or schedule.waiting or self._inbox)
-        steps = int(np.clip(_SECONDS_A_CALL / self._step_seconds, 1, min(_STEPS_A_CALL, longest))) if is_alone else 1
+        steps = min(steps_a_call(self._step_seconds), longest) if is_alone else 1
         schedule.give_room(steps)
         if not schedule.running:
             return
@@ -309,10 +310,10 @@ class Engine:
             text += writer.close()
         self._tell(sequence, Piece(text, tuple(told)))
         if writer.finished:
-            self._end(sequence, self._finished(sequence, writer.finish_reason))
+            self._end(sequence, self._finished(sequence))
 
-    def _finished(self, sequence: Sequence, reason: str) -> Finished:
-        writer, prompt, request = sequence.writer, sequence.request.prompt, sequence.request
+    def _finished(self, sequence: Sequence) -> Finished:
+        writer, prompt = sequence.writer, sequence.request.prompt
         timings = dataclasses.replace(
             sequence.timings,
             tiles=len(prompt.tiles),
@@ -320,11 +321,8 @@ class Engine:
             new_tokens=len(writer.ids),
             waited_seconds=(sequence.begun or time.perf_counter()) - sequence.arrived,
         )
-        picture = picture_at(prompt, request.boxes_on)
-        size = prompt.image_sizes[picture] if prompt.image_sizes else None
-        whole, as_released = prompt.begun + writer.text, self._vl2.processor.as_released
-        boxes = parse_boxes(whole, *size, as_released=as_released, picture=picture) if size else []
-        return Finished(Answer(writer.text, writer.ids, writer.logprobs, boxes, reason, len(prompt), timings))
+        picture = picture_at(prompt, sequence.request.boxes_on)
+        return Finished(answer_of(writer, prompt, picture, self._vl2.processor.as_released, timings))
 
     def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
         self._schedule.end(sequence)
@@ -341,7 +339,7 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """After a step that failed: whoever was in it alone fails; else everyone is computed again, one at a time."""
         schedule = self._schedule
-        affected = [*schedule.running, *([schedule.reading] if schedule.reading else [])]
+        affected = [*schedule.running, *([schedule.reading] if schedule.reading else [])] or [schedule.waiting[0]]
         if len(affected) == 1:
             self._end(affected[0], Failed(error))
         else:
@@ -356,8 +354,8 @@ class Engine:
 class _Submission:
     """See `requests.Submission`."""
 
-    def __init__(self, engine: Engine, sequence: Sequence):
-        self._engine, self._sequence = engine, sequence
+    def __init__(self, sequence: Sequence):
+        self._sequence = sequence
 
     def cancel(self) -> None:
         self._sequence.is_cancelled = True

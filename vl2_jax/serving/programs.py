@@ -1,10 +1,11 @@
 """What the engine runs on the device: few programs, of shapes that do not depend on what is asked.
 
-    chunk      positions of one prompt into its pages              one program a chunk length
-    begin      a slot for a prompt that is read, its first token   greedy, or with all options
-    decode     a few tokens of the first r slots                   the same for every r of 1, 2, 4, ...
-    encode     a tile a device into the table                      one program
+    prefill_chunk   positions of one prompt into its pages              one program a chunk length
+    begin           a slot for a prompt that is read, its first token   greedy, or with all options
+    decode          a few tokens of the first r slots                   the same for every r of 1, 2, 4, ...
+    encode_some     a tile a device into the table                      one program
 
+`prefill_chunk` and `encode_some` are those of `inference.prefill`, and `decode` is a loop of `inference.generate`.
 Every program takes the pages' table as numbers, so that which sequence has which page compiles nothing.
 
 S slots, r of them in a step, V vocabulary, D model width.
@@ -28,8 +29,9 @@ from vl2_jax.inference.generate import (
     likeliest_of,
     with_token,
 )
+from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import matmul_precision
-from vl2_jax.inference.sampling import Extras, Sampler, choose
+from vl2_jax.inference.sampling import Extras, Sampler, bias_of, choose
 from vl2_jax.model.decoder import Cache, init_pages
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.serving.requests import MOST_ALTERNATIVES
@@ -115,29 +117,28 @@ def decode(
         sampler = sampler._replace(extras=None)
     elif sampler.extras is not None:
         sampler = sampler._replace(extras=sampler.extras._replace(bias=bias))
-    state = DecodeState(cache, rows.token, rows.position, rows.step, rows.done, seen)  # type: ignore[arg-type]
+    token, position, step, done = (jnp.asarray(each) for each in rows[:4])
+    state = DecodeState(cache, token, position, step, done, seen)
     if not greedy:
         state = state._replace(counts=counts.astype(jnp.int32))
     state, *told = decode_steps(
         model, params, state, rows.done, steps, sampler, rows.eos, greedy, rows.pages,
-        alternatives=0 if greedy else MOST_ALTERNATIVES,
+        alternatives=_alternatives(greedy),
     )  # fmt: skip
     new = (state.seen, counts if greedy else state.counts, bias)
     slots = Slots(*(jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), 0, 0) for a, b in zip(slots, new)))
     return state.cache, _whole(model, slots), *told
 
 
-def sampler_of(samplers: list[Sampler], rows: int) -> Sampler:
-    """Of the slots of a step; those without a request choose greedily."""
-    filled = samplers + [nothing()] * (rows - len(samplers))
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *filled)
+def sampler_of(options: SamplingOptions, vocabulary: int, eos: int) -> Sampler:
+    """Options of one slot, without `bias`, which is as wide as the vocabulary."""
+    return Sampler.of(options, vocabulary, 1)._replace(extras=Extras.of(options, 0, 1, eos))
 
 
-def nothing() -> Sampler:
-    """Options of a slot that has no request, without `bias`."""
-    number, whole = np.zeros(1, np.float32), np.ones(1, np.int32)
-    extras = Extras(number, number, number, whole * 0, np.full((1, 9), -1, np.int32), np.zeros((1, 0), np.float32))
-    return Sampler(number, number + 1, whole, number + 1, np.zeros((1, 2), np.uint32), extras)
+def with_bias(sampler: Sampler, options: SamplingOptions, vocabulary: int) -> Sampler:
+    """A slot's options as `begin` takes them."""
+    assert sampler.extras is not None
+    return sampler._replace(extras=sampler.extras._replace(bias=bias_of(options, vocabulary)[None]))
 
 
 def _narrow(counts: Array, token: Array) -> Array:
@@ -147,7 +148,11 @@ def _narrow(counts: Array, token: Array) -> Array:
 
 
 def _told(model: VL2Model, logits: Array, greedy: bool) -> Alternatives:
-    return _whole(model, likeliest_of(logits, 0 if greedy else min(MOST_ALTERNATIVES, logits.shape[-1])))
+    return _whole(model, likeliest_of(logits, _alternatives(greedy)))
+
+
+def _alternatives(greedy: bool) -> int:
+    return 0 if greedy else MOST_ALTERNATIVES
 
 
 def _whole(model: VL2Model, tree):

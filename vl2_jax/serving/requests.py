@@ -108,7 +108,7 @@ class Load:
     preemptions: int = 0
     prefix_queries: int = 0  # positions of prompts that were looked up
     prefix_hits: int = 0
-    compilations: int = 0  # since it was ready
+    compilations: int = 0  # of this process, since it was ready
     steps: int = 0
     tiles_encoded: int = 0
 

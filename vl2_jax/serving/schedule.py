@@ -47,7 +47,6 @@ class Sequence:
     reused: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     begun: float = 0.0
-    started: float = 0.0
     timings: Timings = field(default_factory=Timings)
 
     @property

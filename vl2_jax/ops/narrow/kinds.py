@@ -16,6 +16,7 @@ E experts, D and F width of what is multiplied and of the result, S stored rows,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +28,16 @@ from jaxtyping import Array, Float, Float32, Int, UInt8, UInt16
 from jaxtyping import Int8 as Int8Array
 
 
-class Narrow:
+class Narrow(ABC):
     """What all kinds have: shape, rank and place of the matrix, or of those of all experts, and what products need.
 
     `expert` is 0 where there is one matrix.
     """
 
     @property
+    @abstractmethod
     def stored(self) -> Array:
         """The array whose rows are stored rows, `[S, F]` or `[E, S, F]`."""
-        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,17 +61,21 @@ class Narrow:
         """How many there are along each axis of what can be cut apart."""
         return self.shape
 
-    def widened(self, dtype: Any, expert: Array | None = None) -> Float[Array, "... D F"]:
-        """The matrix as an array, or all of them, or that of one expert."""
-        raise NotImplementedError
+    def at(self, expert: Array | None) -> Any:
+        """That of one expert; `None` is all there is."""
+        return self if expert is None else jax.tree.map(lambda part: part[expert], self)
+
+    @abstractmethod
+    def widened(self, dtype: Any) -> Float[Array, "... D F"]:
+        """The matrix as an array, or all of them."""
 
     def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S p"]:
         """What each stored row is multiplied with."""
         return x[:, None]
 
+    @abstractmethod
     def in_stored(self, rows: Array) -> tuple[Float[Array, ...], ...]:
         """The p rows of the matrix that each of these stored rows holds, float32, without scales."""
-        raise NotImplementedError
 
     def scaled(self, sums: Float[Array, "R F"], expert: Array, begin: Array | int) -> Float[Array, "R F"]:
         """Sums over stored rows that have the same scales, of each of R segments of the matrix, times these.
@@ -103,9 +108,8 @@ class Bits(Narrow):
     def in_stored(self, rows: Array) -> tuple[Array, ...]:
         return (_float32(rows),)
 
-    def widened(self, dtype: Any, expert: Array | None = None) -> Array:
-        bits = self.bits if expert is None else self.bits[expert]
-        return _float32(bits).astype(dtype)
+    def widened(self, dtype: Any) -> Array:
+        return _float32(self.bits).astype(dtype)
 
     def taken(self, rows: Int[Array, ...]) -> Float[Array, "... F"]:
         """Some rows, float32."""
@@ -124,9 +128,8 @@ class Int8(Narrow):
     def stored(self) -> Array:
         return self.values
 
-    def widened(self, dtype: Any, expert: Array | None = None) -> Array:
-        values, scales = (part if expert is None else part[expert] for part in (self.values, self.scales))
-        return (values.astype(jnp.float32) * scales).astype(dtype)
+    def widened(self, dtype: Any) -> Array:
+        return (self.values.astype(jnp.float32) * self.scales).astype(dtype)
 
     def in_stored(self, rows: Array) -> tuple[Array, ...]:
         return (rows.astype(jnp.float32),)
@@ -160,11 +163,10 @@ class Int4(Narrow):
     def units(self) -> tuple[int, ...]:
         return self.scales.shape
 
-    def widened(self, dtype: Any, expert: Array | None = None) -> Array:
-        nibbles, scales = (part if expert is None else part[expert] for part in (self.nibbles, self.scales))
-        *experts, groups, width = scales.shape
-        halves = jnp.stack(self.in_stored(nibbles.reshape(*experts, groups, self.alike, width)), axis=-3)
-        return (halves * scales[..., None, None, :]).reshape(*experts, -1, width).astype(dtype)
+    def widened(self, dtype: Any) -> Array:
+        *experts, groups, width = self.scales.shape
+        halves = jnp.stack(self.in_stored(self.nibbles.reshape(*experts, groups, self.alike, width)), axis=-3)
+        return (halves * self.scales[..., None, None, :]).reshape(*experts, -1, width).astype(dtype)
 
     def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S 2"]:
         return x.reshape(-1, 2, self.alike).swapaxes(1, 2).reshape(-1, 2)

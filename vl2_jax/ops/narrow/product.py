@@ -48,7 +48,7 @@ def rows_of(table: Any, ids: Int[Array, ...]) -> Float[Array, "... F"]:
 
 
 def _whole(x: Array, kernel: Narrow, expert: Array | None) -> Array:
-    return x @ kernel.widened(x.dtype, expert)
+    return x @ kernel.at(expert).widened(x.dtype)
 
 
 def _on_cpu(x: Array, kernel: Narrow, expert: Array | None) -> Array:

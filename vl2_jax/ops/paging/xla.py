@@ -77,9 +77,7 @@ def write_rows(
         end = jnp.where(positions[sequence] < 0, 0, (position + length - 1) // PAGE + 1 - first)
         return jax.lax.fori_loop(position // PAGE - first, end, write_page, pages)
 
-    # Their number is a value, so that the loop stays one where there is one sequence: XLA:CPU would copy the pages.
-    busy = jnp.where(positions < 0, 0, jnp.arange(1, sequences + 1)).max()
-    return jax.lax.fori_loop(0, busy, write_one if length == 1 else write_many, pages)
+    return jax.lax.fori_loop(0, sequences, write_one if length == 1 else write_many, pages)
 
 
 def read_pages(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from vl2_jax.errors import shown
+from vl2_jax.inference.options import MOST_BIASES, MOST_STOP_IDS
 from vl2_jax.serving.http.problems import Problem, refused
 from vl2_jax.serving.requests import MOST_ALTERNATIVES
 
@@ -59,7 +61,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Body(BaseModel):
+class Body(BaseModel, ABC):
     """What both kinds of requests may hold."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
@@ -75,20 +77,20 @@ class Body(BaseModel):
     frequency_penalty: Penalty | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOP_IDS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenName, Bias], Field(max_length=MOST_BIASES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, StringConstraints(max_length=1000)] | None = None
     boxes_on: Count | None = None  # the picture that boxes are pixels of, from 1; by default the last
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """Likeliest tokens that are told for each token; None where not even its own log-probability is wanted."""
-        raise NotImplementedError
 
     @property
     def includes_usage(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -56,7 +57,7 @@ def usage(prompts: Sequence[Encoded], new_tokens: int, cached: int) -> dict[str,
     }
 
 
-class Replies:
+class Replies(ABC):
     """Answers in one of the two forms.
 
     Args:
@@ -75,21 +76,21 @@ class Replies:
         control = self._tokenizer.control_ids
         return [] if self._alternatives is None else [token for token in tokens if token.id not in control]
 
+    @abstractmethod
     def choice(self, number: int, choice: Choice) -> dict[str, Any]:
         """A whole answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opening(self, number: int) -> dict[str, Any] | None:
         """What a stream begins with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, number: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
         """New text of a stream, and the tokens that are told about."""
-        raise NotImplementedError
 
+    @abstractmethod
     def closing(self, number: int, answer: Answer) -> dict[str, Any]:
         """What ends an answer of a stream."""
-        raise NotImplementedError
 
 
 class ChatReplies(Replies):

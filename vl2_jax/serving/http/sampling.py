@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from vl2_jax.errors import RequestError, shown
@@ -50,7 +50,7 @@ class Defaults:
                 f"--override-generation-config has {shown(min(unknown))}, which is no option; there are {known}."
             )
         options = {**_WITHOUT_WORDS, **given}
-        SamplingOptions.of(_said({**options, "max_tokens": 1 if longest is None else longest}))
+        SamplingOptions.of({**options, "max_tokens": 1 if longest is None else longest})
         return cls(options, longest)
 
 
@@ -73,10 +73,4 @@ def sampling_of(body: Body, defaults: Defaults, room: int, longest: int | None =
         raise RequestError(f"min_tokens is {given['min_tokens']}; expected at most max_tokens, which is {wanted}.")
     if "logit_bias" in given:
         given["logit_bias"] = {int(id_): bias for id_, bias in given["logit_bias"].items()}
-    return SamplingOptions.of(_said(given))
-
-
-def _said(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what asks for nothing where there is no such option."""
-    known = {field.name for field in fields(SamplingOptions)}
-    return {name: value for name, value in options.items() if name in known or value}
+    return SamplingOptions.of(given)

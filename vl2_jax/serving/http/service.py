@@ -14,6 +14,7 @@ import numpy as np
 
 from vl2_jax import __version__
 from vl2_jax.errors import ContextLengthError, OverloadedError, RequestError, shown
+from vl2_jax.inference.generate import room_for
 from vl2_jax.processing.batch import TEXT, Encoded, Processor
 from vl2_jax.processing.messages import ESCAPED_TAG, IMAGE_TAG
 from vl2_jax.serving.http.bodies import Body, ChatBody, CompletionBody
@@ -179,13 +180,7 @@ class Service:
             _check_id(id_, vocabulary)
         made = []
         for prompt in prompts:
-            if len(prompt) > self.context:
-                of_pictures = (prompt.visual_index != TEXT).sum()
-                raise ContextLengthError(
-                    f"the prompt has {len(prompt)} tokens ({of_pictures} of them for pictures), "
-                    f"the context holds {self.context}; shorten the text, or send fewer or smaller pictures."
-                )
-            options = sampling_of(body, self.settings.defaults, self.context - len(prompt) + 1, longest)
+            options = sampling_of(body, self.settings.defaults, room_for(prompt, self.context), longest)
             boxes_on = _boxes_on(body, len(prompt.image_sizes))
             for choice in range(choices):
                 seed = None if body.seed is None else _wrapped(body.seed + choice)
