@@ -94,7 +94,7 @@ class Engine:
                 raise ClosedError(f"the engine is {self._stage.name} and takes nothing on; ask another one.")
             waiting, tokens = self._waiting()
             most = self._limits.max_waiting_tokens
-            would_wait = self._in_work() + waiting + 1 - self._limits.max_running
+            would_wait = self._scheduled[0] + len(self._inbox) + 1 - self._limits.max_running
             is_long = would_wait > 0 and most is not None and tokens + len(sequence.ids) > most
             if would_wait > self._limits.max_waiting or is_long:
                 seconds = min(60.0, max(1.0, self._answer_seconds * (waiting + 1) / self._limits.max_running))
@@ -118,7 +118,7 @@ class Engine:
         with self._changed:
             schedule, (waiting, tokens) = self._schedule, self._waiting()
             return Load(
-                running=self._in_work(),
+                running=self._scheduled[0] - self._scheduled[1],
                 waiting=waiting,
                 waiting_tokens=tokens,
                 pages=self._device.pages - 1,
@@ -162,9 +162,6 @@ class Engine:
         _, waiting, tokens = self._scheduled
         return waiting + len(self._inbox), tokens + sum(len(sequence.ids) for sequence in self._inbox)
 
-    def _in_work(self) -> int:
-        return len(self._schedule.running) + (self._schedule.reading is not None)
-
     def _busy(self) -> bool:
         return bool(self._scheduled[0] or self._inbox)
 
@@ -193,11 +190,11 @@ class Engine:
             self._stage = Stage("failed")
         with self._changed:
             self._take_in()
-            self._scheduled = (0, 0, 0)
-            self._changed.notify_all()
         why = "failed" if self._stage.name == "failed" else "was closed"
         for sequence in self._schedule.sequences:
             self._end(sequence, Failed(ClosedError(f"the engine {why} before this was answered.")))
+        with self._changed:
+            self._changed.notify_all()
 
     def _serve(self) -> None:
         with self._vl2.model.layout.on_devices(), counting_compilations() as names:
@@ -218,10 +215,14 @@ class Engine:
                     self._changed.notify_all()
 
     def _take_in(self) -> None:
-        waiting = self._schedule.waiting
-        waiting.extend(self._inbox)
+        self._schedule.waiting.extend(self._inbox)
         self._inbox.clear()
-        self._scheduled = len(waiting) + self._in_work(), len(waiting), sum(len(s.ids) for s in waiting)
+        self._publish()
+
+    def _publish(self) -> None:
+        """For other threads, who must not look at the schedule while it changes."""
+        waiting = self._schedule.waiting
+        self._scheduled = len(self._schedule.sequences), len(waiting), sum(len(s.ids) for s in waiting)
 
     def _step(self) -> None:
         for sequence in self._schedule.sequences:
@@ -326,6 +327,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, event: Finished | Failed) -> None:
         self._schedule.end(sequence)
+        self._publish()
         seconds = time.perf_counter() - sequence.arrived
         self._answer_seconds += 0.1 * (seconds - self._answer_seconds)
         self._tell(sequence, event)
