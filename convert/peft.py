@@ -30,7 +30,7 @@ from convert.from_torch import is_computed
 from convert.safetensors_files import WEIGHT_DTYPES, TensorEntry, scan_file
 from convert.weight_map import UNUSED_POOLING, Leaf
 from vl2_jax.errors import CheckpointError, VL2Warning, shown
-from vl2_jax.files import is_file_on, local_destination, path_of, why_not_whole
+from vl2_jax.files import is_file_on, is_folder_on, local_destination, path_of, why_not_whole
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _OTHER_WEIGHTS = "adapter_model.bin"
@@ -254,7 +254,9 @@ def _read_config(directory: Path) -> tuple[str, _Scaling]:
     """The base's name, and how the factors are scaled."""
     path = directory / CONFIG_FILE
     if not is_file_on(path):
-        held = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}")) if directory.is_dir() else []
+        held = (
+            sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}")) if is_folder_on(directory) else []
+        )
         hint = f"; there are some in {shown(held)}" if held else ""
         raise CheckpointError(
             why_not_whole(path)

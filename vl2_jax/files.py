@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ _COPIERS = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
-    """A path that reads as `pathlib.Path` does, wherever its files are."""
+    """A path that reads as `pathlib.Path` does, wherever its files are.
+
+    Raises:
+      CheckpointError: it is an address of what is no store of files (`http://...`).
+    """
     scheme, rest = _address(name)
     if scheme == "file":
         return Path("/", unquote(rest.removeprefix("localhost/")))
@@ -36,7 +41,14 @@ def path_of(name: str | os.PathLike[str]) -> Path:
         return Path(name)
     from etils import epath
 
-    remote: Any = epath.Path(f"{scheme}://{rest}")
+    address = f"{scheme}://{rest}"
+    try:
+        remote: Any = epath.Path(address)
+    except KeyError:  # of the table of stores that it knows
+        raise CheckpointError(
+            f"{shown(address, 200)} is not in a store whose files can be read (gs://, s3://); copy them here and give "
+            "their folder."
+        ) from None
     return remote
 
 
@@ -71,13 +83,12 @@ def is_file_on(path: Path) -> bool:
     Raises:
       CheckpointError: the bucket cannot be read, or the package that reads it is missing.
     """
-    try:
-        return path.is_file()
-    except ImportError as error:
-        line = f": {install_line('gcs')}" if _address(path)[0] == "gs" else ""
-        raise CheckpointError(f"reading {path} needs another package ({error}){line}") from None
-    except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
-        raise CheckpointError(f"{path} cannot be read ({error}); check its name and your credentials.") from None
+    return _asked(path.is_file, path)
+
+
+def is_folder_on(path: Path) -> bool:
+    """Whether there is such a folder, as `is_file_on`."""
+    return _asked(path.is_dir, path)
 
 
 def why_not_whole(path: Path) -> str:
@@ -123,5 +134,15 @@ def _here(path: str | os.PathLike[str], refusal: str, remedy: str, order: tuple[
     scheme, rest = _address(path)
     address = f"{scheme}://{rest}"
     places = " ".join(place.format(shlex.quote(address)) for place in order)
-    line = f"`{_COPIERS[scheme]} {places}`" if scheme in _COPIERS else "copy it with the tool of that place"
+    line = f"`{_COPIERS[scheme]} {places}`" if scheme in _COPIERS else "use the tool of that place"
     raise CheckpointError(f"{refusal} {shown(address, 200)}; {remedy} {line}.")
+
+
+def _asked(question: Callable[[], bool], path: Path) -> bool:
+    try:
+        return question()
+    except ImportError as error:
+        line = f": {install_line('gcs')}" if _address(path)[0] == "gs" else ""
+        raise CheckpointError(f"reading {path} needs another package ({error}){line}") from None
+    except Exception as error:  # each kind of bucket has its own: no such bucket, no permission, no connection
+        raise CheckpointError(f"{path} cannot be read ({error}); check its name and your credentials.") from None

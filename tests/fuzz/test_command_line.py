@@ -34,6 +34,8 @@ typed = (
     | st.sampled_from(
         ["x" * 5000, "word " * 2000, "[" * 3000, "\x1b[2J" * 999, "é" * 4000, "/x" * 2500, "\udce9" * 300]
     )
+    | st.sampled_from([f"{scheme}://host/model" for scheme in ("http", "ftp", "gs", "s3", "az", "hf", "foo")])
+    | st.sampled_from(["gs://", "hf://one", "foo:/", "http://[::1", "gs://b/\0", "file:///nowhere", "://"])
     | st.sampled_from(["9" * 5000, "--" + "y" * 3000, "--prompt=" + "z" * 4000, "--image=" + "q" * 4000])
     | st.text(max_size=12)
 )
@@ -62,6 +64,8 @@ def test_a_command_line_is_done_or_refused_in_one_line(line, changed):
 @pytest.mark.slow
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from([*COMMANDS, "", "genrate"]), st.lists(typed, max_size=6))
+@example("chat", ["--model", "http://127.0.0.1:9"])
+@example("info", ["foo:/bar"])
 def test_any_words_are_done_or_refused_in_one_line(command, words):
     _refused_in_one_line([command, *words])
 

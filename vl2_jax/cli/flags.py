@@ -12,17 +12,26 @@ from typing import Annotated, Any
 import tyro
 
 from vl2_jax.cli.terminal import messages
-from vl2_jax.errors import RequestError
+from vl2_jax.errors import CheckpointError, RequestError
 from vl2_jax.files import path_of
 from vl2_jax.progress import Display
 from vl2_jax.sharding.devices import Devices
+
+
+def _place(typed: str) -> Path:
+    """An address of no store stays as it was typed: whoever reads or writes there says so in its own words."""
+    try:
+        return path_of(typed)
+    except CheckpointError:
+        return Path(typed)
+
 
 Place = Annotated[  # a file or a folder, here or on a bucket
     Path,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda given: path_of(given[0]),
+        instance_from_str=lambda given: _place(given[0]),
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     ),
