@@ -90,12 +90,12 @@ def test_a_stop_string_ends_the_answer_before_it():
     assert cut.finish_reason == "stop"
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("batch", "kind"), [(1, None), (3, None), (3, "int8")])
 @pytest.mark.parametrize("config", ["nano-tiny", "nano-small"])
-def test_a_long_cache_is_updated_where_it_lies(config, batch, first_layers):
+def test_a_long_cache_is_updated_where_it_lies(config, batch, kind, first_layers):
     """A chunk and a decode step need little memory beside a cache of 256 Ki slots: nothing copies it."""
     config, dtype = read_config(first_layers(config)), "float32"  # in which a CPU computes
-    model = VL2Model(config, dtype, dtype)
+    model = VL2Model(config, dtype, dtype, cache_kind=kind)
     params = jax.eval_shape(partial(init_params, config, param_dtype=dtype), jax.random.key(0))
     cache = jax.eval_shape(partial(empty_cache, model, batch, 1 << 18))
     size, vocabulary = config.language_config.hidden_size, config.language_config.vocab_size

@@ -1,12 +1,18 @@
-"""Reading a compiled program's collectives."""
+"""Reading a compiled program's collectives, and what one device holds, told from shapes."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+import jax
 import numpy as np
 import pytest
 
+from vl2_jax.config import VL2Config
+from vl2_jax.errors import VL2Error
 from vl2_jax.planning.collectives import axes_of, find_collectives
+from vl2_jax.planning.programs import build
+from vl2_jax.sharding.layout import MeshLayout
+from vl2_jax.sharding.mesh import make_mesh
 
 
 @dataclass
@@ -85,3 +91,39 @@ def test_asynchronous_pieces_count_once_and_sizes_are_bytes():
     gather, scatter = find_collectives(text, Mesh())
     assert gather == ("all-gather", ("expert",), 32 * 2560 * 2, 1, "routed_experts")
     assert scatter == ("reduce-scatter", ("tensor",), 4 * 4 * 4, 1, "rest")
+
+
+SMALL = VL2Config.preset("vl2-small")
+
+
+def held(purpose="decode", **kinds):
+    """Bytes of one device, for 8 sequences of 4096 positions."""
+    layout = MeshLayout(make_mesh("auto", SMALL, jax.devices()[:1]))
+    return build(purpose, SMALL, layout, 8, 4096, **kinds).kinds
+
+
+def test_narrow_weights_and_caches_are_counted_as_they_lie():
+    experts, rows = 26 * 64 * 3 * 2048 * 1408, 27 * 8 * 4096
+    floats, whole, least = held(), held(weights="int8"), held(weights="int4", cache="int8")
+    assert floats["routed experts"] == 2 * experts
+    assert floats["cache"] == 2 * rows * (512 + 64)
+    assert whole["routed experts"] == pytest.approx(experts, rel=0.003)  # and a scale of each column
+    assert whole["cache"] == floats["cache"]
+    assert least["routed experts"] == experts * (1 / 2 + 4 / 128)  # and one of each 128 rows and column
+    assert least["cache"] == rows * (512 + 64 + 2 * 2)  # and two of each row
+    assert floats["vision and projector"] == least["vision and projector"]
+    assert sum(least.values()) < 0.65 * 15.75 * 2**30  # one v5e chip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weights": "int3"}, "weights of kind 'int3' are not known; choose one of int8, int4"),
+        ({"cache": "int4"}, "a cache of kind 'int4' is not known; choose int8, or none"),
+        ({"purpose": "train", "weights": "int8"}, "a training step .* plan it without --weights int8"),
+        ({"purpose": "train", "cache": "int8"}, "a training step .* plan it without --cache int8"),
+    ],
+)
+def test_kinds_that_cannot_be_planned_are_refused(given, message):
+    with pytest.raises(VL2Error, match=message):
+        held(**given)

@@ -8,6 +8,7 @@ import pytest
 import vl2_jax
 from convert.weight_map import flatten, unflatten
 from tests.conftest import GOLDENS
+from vl2_jax.errors import RequestError
 from vl2_jax.ops.narrow.kinds import Bits
 
 TURN = {"role": "user", "content": "<image>\nWhat is it?", "images": [str(GOLDENS / "images" / "tiny.png")]}
@@ -44,3 +45,8 @@ def test_training_takes_arrays():
     arrays = vl2_jax.load("vl2-nano", weights="arrays")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(arrays.params)} <= {"bfloat16", "float32"}
     assert arrays.model.dtype == jnp.bfloat16
+
+
+def test_a_cache_of_no_known_kind_is_refused_before_anything_is_read():
+    with pytest.raises(RequestError, match="a cache of kind 'int3' is not known; choose int8, or none"):
+        vl2_jax.load("nowhere", cache="int3")

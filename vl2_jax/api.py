@@ -27,6 +27,7 @@ from vl2_jax.inference.answers import Answer
 from vl2_jax.inference.generate import Generator
 from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import Memory, bucket, matmul_precision
+from vl2_jax.model.attention import CacheKind, checked_cache
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.batch import Batch, Processor, as_conversations
@@ -47,6 +48,7 @@ def load(
     *,
     dtype: str | None = None,
     weights: Weights | None = None,
+    cache: CacheKind | None = None,
     verify: bool = True,
     chunk_size: int | None = None,
     mesh: str | Mesh | None = None,
@@ -64,6 +66,8 @@ def load(
       weights: "int8" or "int4" quantises the decoder's matrices of a checkpoint of floats (`convert.quantise`);
         "arrays" are plain arrays of `dtype`, as training takes them. `None` is what the checkpoint holds, in the form
         that answers fastest: on a CPU, bfloat16 matrices are kept as whole numbers (`ops.narrow`).
+      cache: "int8" keeps rows of the cache as whole numbers with a scale of each row (`ops.paging.pages`); `None` is in
+        the dtype of products.
       verify: compare every byte with the checkpoint's manifest; damage is reported by name.
       chunk_size: prompt positions that are computed at a time, at most; `None` is what suits the platform.
       mesh: devices to spread the model over: "auto", "expert=4,tensor=2" (see `sharding.mesh`), a mesh with those axes,
@@ -77,10 +81,10 @@ def load(
     Compiled programs are kept from here on, see `compilation`.
 
     Raises:
-      ConfigError, CheckpointError, MeshError: see their messages.
+      ConfigError, CheckpointError, MeshError, RequestError: see their messages.
     """
     keep_compiled_programs()
-    directory = find_model(model)
+    cache_kind, directory = checked_cache(cache), find_model(model)
     config = read_config(directory)
     if not all(is_file_on(directory / name) for name in (PROCESSOR_FILE, TOKENIZER_FILE)):
         Processor.from_directory(directory, config)  # says what is missing, before minutes are spent on the weights
@@ -94,7 +98,7 @@ def load(
         layout = MeshLayout(make_mesh(mesh, config) if isinstance(mesh, str) else mesh, dispatch)
     params, computed = read_weights(directory, config, leaves, wanted, weights, layout, added, merge, verify, report)
     processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
-    return VL2(config, params, processor, computed, chunk_size, layout)
+    return VL2(config, params, processor, computed, chunk_size, layout, cache_kind)
 
 
 def names_of(model: str | Path, directory: Path, config: VL2Config) -> list[str]:
@@ -173,13 +177,16 @@ class VL2:
         dtype: Any = jnp.float32,
         chunk_size: int | None = None,
         layout: Layout = ONE_DEVICE,
+        cache_kind: CacheKind | None = None,
     ):
         self.config = config
         self.params = params
         self.processor = processor
         self.chunk_size = chunk_size
         mean, std = processor.config.image_mean, processor.config.image_std
-        self.model = VL2Model(config, dtype, dtype, pixel_mean=mean, pixel_std=std, layout=layout)
+        self.model = VL2Model(
+            config, dtype, dtype, pixel_mean=mean, pixel_std=std, layout=layout, cache_kind=cache_kind
+        )
 
     @property
     def generator(self) -> Generator:

@@ -156,14 +156,6 @@ class LanguageConfig(ReleasedFields):
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim if self.use_mla else self.head_dim
 
-    @property
-    def cache_width(self) -> int:
-        """Numbers the cache holds for one token in one layer."""
-        if self.use_mla:
-            assert self.kv_lora_rank is not None
-            return self.kv_lora_rank + self.qk_rope_head_dim
-        return 2 * self.num_key_value_heads * self.head_dim
-
     def is_moe_layer(self, layer: int) -> bool:
         return (
             self.n_routed_experts is not None

@@ -46,6 +46,25 @@ def test_decoding_fits_and_only_tokens_cross_the_network(model, topology):
 
 
 @pytest.mark.parametrize(
+    ("model", "topology", "weights", "batch"),
+    [("vl2-small", "v5e:1x1", "int4", 32), ("vl2-base", "v6e:1x1", "int4", 32), ("vl2-base", "v5e:2x2", "int8", 32)],
+)
+def test_narrow_weights_fit_fewer_chips_and_are_never_widened_as_a_whole(model, topology, weights, batch):
+    plan = make_plan(model, VL2Config.preset(model), topology, "decode", batch, context=4096, weights=weights)
+    assert plan.fits
+    assert sum(plan.memory.values()) < plan.limit
+    assert plan.memory["temporaries"] < 0.75e9 + 1.05 * plan.memory["cache"]  # as of bfloat16 weights
+
+
+def test_an_int8_cache_takes_half_the_memory():
+    config = VL2Config.preset("vl2-small")
+    plan = make_plan("vl2-small", config, "v5e:1x1", "decode", batch=32, context=4096, weights="int4", cache="int8")
+    assert plan.fits
+    assert plan.memory["cache"] == 27 * 32 * 4096 * (576 + 4)
+    assert plan.memory["temporaries"] < 0.75e9 + 1.05 * plan.memory["cache"]
+
+
+@pytest.mark.parametrize(
     ("stage", "topology", "mesh", "batch"),
     [("sft", "v5e:2x4", "fsdp=2,expert=4", 8), ("lora", "v5e:1x1", "auto", 1)],
 )

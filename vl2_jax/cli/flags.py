@@ -53,6 +53,7 @@ class ModelFlags:
       no_merge: Keep the adapters beside the weights, where bfloat16 loses nothing of them.
       dtype: bfloat16 or float32, of the weights; by default the checkpoint's. A CPU computes in float32.
       weights: int8 or int4: the decoder's matrices in so many bits, if the checkpoint does not hold them so already.
+      cache: int8: rows of the cache in eight bits; by default in the dtype of products.
       chunk_size: Prompt positions computed at a time, at most; by default what suits the platform.
       verify: Check the weights against their manifest while loading.
     """
@@ -63,6 +64,7 @@ class ModelFlags:
     no_merge: tyro.conf.FlagCreatePairsOff[bool] = False
     dtype: str | None = None
     weights: str | None = None
+    cache: str | None = None
     chunk_size: int | None = None
     verify: bool = True
 
@@ -80,7 +82,9 @@ class ModelFlags:
         """What `vl2_jax.load` takes beside the model."""
         if self.merge and self.no_merge:
             raise RequestError("--merge and --no-merge are given; choose one of them.")
-        options = {name: getattr(self, name) for name in ("adapters", "dtype", "weights", "chunk_size", "verify")}
+        options = {
+            name: getattr(self, name) for name in ("adapters", "dtype", "weights", "cache", "chunk_size", "verify")
+        }
         if self.merge or self.no_merge:
             options["merge"] = self.merge
         return options | {"mesh": devices.mesh, "dispatch": devices.dispatch}

@@ -42,6 +42,8 @@ def describe(config: Any) -> dict[str, Any]:
     """Counts and sizes of a configuration, from shapes alone."""
     from convert.quantise import KINDS, bytes_of
     from convert.weight_map import plan
+    from vl2_jax.model.decoder import page_bytes
+    from vl2_jax.ops.paging.pages import PAGE
 
     language = config.language_config
     leaves = plan(config)
@@ -52,7 +54,6 @@ def describe(config: Any) -> dict[str, Any]:
     if language.n_routed_experts:
         routed = sum(n for path, n in count.items() if "/experts_" in path)
         idle = routed * (language.n_routed_experts - language.num_experts_per_tok) // language.n_routed_experts
-    cache = language.cache_width * language.num_hidden_layers
     return {
         "parameters": total,
         "parameters_without_unused_pooling": total - pooling,
@@ -60,7 +61,8 @@ def describe(config: Any) -> dict[str, Any]:
         "memory_bytes_bfloat16": 2 * total,
         "memory_bytes_float32": 4 * total,
         **{f"memory_bytes_{kind}": bytes_of(leaves, kind) for kind in KINDS},
-        "cache_bytes_per_token_bfloat16": 2 * cache,
+        "cache_bytes_per_token_bfloat16": page_bytes(language, "bfloat16") // PAGE,
+        "cache_bytes_per_token_int8": page_bytes(language, "bfloat16", "int8") // PAGE,
         "context_tokens": language.max_position_embeddings,
         "visual_tokens_per_tile": config.tokens_per_tile,
         "attention": "latent (MLA)" if language.use_mla else "multi-head",

@@ -21,6 +21,8 @@ def plan(
     context: int = 4096,
     mesh: str = "auto",
     dispatch: Literal["ring", "ragged"] = "ring",
+    weights: str | None = None,
+    cache: str | None = None,
     recipe: Path | None = None,
     search: bool = False,
     json: bool = False,
@@ -38,6 +40,8 @@ def plan(
         context: Positions of each: cache slots, or the packed row of a training step.
         mesh: auto, one axis, or sizes such as expert=4,tensor=2.
         dispatch: How tokens reach their experts on other devices: ring or ragged.
+        weights: int8 or int4: the decoder's matrices in so many bits; by default bfloat16.
+        cache: int8: rows of the cache in eight bits; by default bfloat16.
         recipe: Of a training step; by default a full fine-tune with AdamW, layers computed again for gradients.
         search: Find the smallest slice that it fits on, and the best mesh there.
         json: Print one object.
@@ -58,9 +62,11 @@ def plan(
         unknown = [kind for kind in kinds if kind not in TOPOLOGIES]
         if unknown:
             raise MeshError(f"there is no kind of TPU {shown(unknown[0])}; choose from {', '.join(TOPOLOGIES)}.")
-        found = planning.search(model, config, kinds, purpose, batch, context, tell, training)
+        found = planning.search(model, config, kinds, purpose, batch, context, tell, training, weights, cache)
     else:
-        found = planning.make_plan(model, config, topology, purpose, batch, context, mesh, dispatch, training)
+        found = planning.make_plan(
+            model, config, topology, purpose, batch, context, mesh, dispatch, training, weights, cache
+        )
     if save is not None:
         picture.draw(found, save)
     if json:

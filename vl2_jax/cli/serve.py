@@ -130,6 +130,7 @@ def serve(
 def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:
     from vl2_jax.api import find_model
     from vl2_jax.config import read_config
+    from vl2_jax.model.attention import checked_cache
     from vl2_jax.serving.http import fetching
     from vl2_jax.serving.http.decoding import PictureLimits
     from vl2_jax.serving.http.door import names_of_loopback
@@ -150,7 +151,7 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
     domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
     for domain in domains:
         fetching.check_domain(domain)
-    directory = find_model(model.model)
+    cache, directory = checked_cache(model.cache), find_model(model.model)
     config = read_config(directory)
     context = config.language_config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > context:
@@ -164,7 +165,7 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
         prefix_cache=engine.enable_prefix_caching,
     )
     if mesh is None:  # how weights and cache are spread over one is the mesh's to know
-        pages_for(config, *stored_and_computed(directory, config, model.dtype, model.weights), limits)
+        pages_for(config, *stored_and_computed(directory, config, model.dtype, model.weights), limits, cache)
     return Settings(
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,

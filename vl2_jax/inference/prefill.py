@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.inference.answers import Timings
 from vl2_jax.inference.chunks import Chunking
 from vl2_jax.model.attention import cache_axes
-from vl2_jax.model.decoder import Cache, init_cache
+from vl2_jax.model.decoder import Cache, init_cache, page_bytes
 from vl2_jax.model.layers import Axes
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.ops.paging.pages import PAGE
@@ -158,7 +158,7 @@ def capacity_for(model: VL2Model, batch: int, needed: int) -> int:
     """
     config = model.config.language_config
     whole = bucket(max(needed, config.max_position_embeddings), _SMALLEST_CACHE)
-    size = batch * whole * config.num_hidden_layers * config.cache_width * jnp.dtype(model.dtype).itemsize
+    size = batch * whole // PAGE * page_bytes(config, model.dtype, model.cache_kind)
     return whole if size <= _ALWAYS_WHOLE * model.layout.devices else bucket(needed, _SMALLEST_CACHE)
 
 
@@ -180,7 +180,7 @@ def matmul_precision(dtype: Any) -> Any:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def empty_cache(model: VL2Model, batch: int, capacity: int) -> Cache:
-    return init_cache(model.config.language_config, batch, capacity, model.dtype, model.layout)
+    return init_cache(model.config.language_config, batch, capacity, model.dtype, model.layout, model.cache_kind)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
+from vl2_jax.errors import RequestError, shown
 from vl2_jax.model.layers import (
     ONE_DEVICE,
     Axes,
@@ -36,11 +37,20 @@ from vl2_jax.ops.latent_attention.expanded import expand
 from vl2_jax.ops.latent_attention.forms import attend_to_latents
 from vl2_jax.ops.multi_head_attention.api import multi_head_attention
 from vl2_jax.ops.narrow.product import widened
-from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
+from vl2_jax.ops.paging.pages import (
+    PAGE,
+    AnyHeadPages,
+    AnyLatentPages,
+    HeadPages,
+    Int8HeadPages,
+    Int8LatentPages,
+    LatentPages,
+)
 
 _LATENT_NORM_EPS = 1e-6  # the class default of the released code, whatever rms_norm_eps says (SPEC 5.1)
 
-LayerCache = LatentPages | HeadPages  # of each sequence, `[B, n, ...]`, or of all by a table, `[N, ...]`
+CacheKind = Literal["int8"]
+LayerCache = AnyLatentPages | AnyHeadPages  # of each sequence, `[B, n, ...]`, or of all by a table, `[N, ...]`
 
 _ROWS: Axes = ("batch", None, None)
 _BY_HEAD: Axes = ("batch", None, "heads", None)
@@ -206,17 +216,16 @@ def over_pages(
       attention: of `ops.latent_attention` or `ops.multi_head_attention`.
       arrays: its first arguments, with the names of their axes.
     """
-    begins, table, count = placement.positions[:, 0], placement.pages, len(arrays) + 3
+    begins, table, rows = placement.positions[:, 0], placement.pages, len(arrays)
     if placement.exists is not None:
         begins = jnp.where(placement.exists.any(axis=1), begins, -1)
 
     def of_own(*arrays: Array) -> tuple[Array, ...]:
-        *rows, first, second, begins = arrays[:count]
-        table = arrays[count] if len(arrays) > count else None
-        out, pages = attention(*rows, pages=type(cache)(first, second), table=table, positions=begins)
+        pages, (begins, *table) = type(cache)(*arrays[rows : rows + len(cache)]), arrays[rows + len(cache) :]
+        out, pages = attention(*arrays[:rows], pages=pages, table=table[0] if table else None, positions=begins)
         return out, *pages
 
-    axes_of_cache = [cache_axes(cache)] * 2
+    axes_of_cache = [cache_axes(cache)] * len(cache)
     axes = [*(names for _, names in arrays), *axes_of_cache, ("batch",)]
     values, result = [*(array for array, _ in arrays), *cache, begins], _BY_HEAD
     if table is not None:  # every device writes the rows of all sequences
@@ -228,18 +237,44 @@ def over_pages(
 
 
 def cache_axes(cache: LayerCache) -> Axes:
-    """Logical axes of both arrays. Sequences are spread over devices, but not pages that any sequence may have; so are
+    """Logical axes of every array. Sequences are spread over devices, but not pages that any sequence may have; so are
     heads, of which latents have none.
     """
-    of_page: Axes = ("heads", None, None) if isinstance(cache, HeadPages) else (None, None)
+    of_page: Axes = ("heads", None, None) if isinstance(cache, AnyHeadPages) else (None, None)
     lead: Axes = ("batch", None) if cache[0].ndim == len(of_page) + 2 else (None,)
     return (*lead, *of_page)
 
 
-def empty_pages(config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype) -> LayerCache:
-    """Pages of one layer, as many as `lead` says: `(B, n)` of each sequence, or `(N,)` for a table."""
+def empty_pages(config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype, kind: CacheKind | None) -> LayerCache:
+    """Pages of one layer, as many as `lead` says: `(B, n)` of each sequence, or `(N,)` for a table.
+
+    Args:
+      dtype: that rows are read in.
+      kind: "int8" keeps them as whole numbers; `None` is in `dtype`.
+    """
     if config.use_mla:
-        latents = jnp.zeros((*lead, PAGE, config.kv_lora_rank), dtype)
-        return LatentPages(latents, jnp.zeros((*lead, PAGE // 2, 2 * config.qk_rope_head_dim), dtype))
-    shape = (*lead, config.num_key_value_heads, PAGE, config.head_dim)
-    return HeadPages(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        shapes = (*lead, PAGE, config.kv_lora_rank), (*lead, PAGE // 2, 2 * config.qk_rope_head_dim)
+        of_scales = (*lead, 1, PAGE)
+    else:
+        shapes = ((*lead, config.num_key_value_heads, PAGE, config.head_dim),) * 2
+        of_scales = (*lead, config.num_key_value_heads, 1, PAGE)
+    first, second = (jnp.zeros(shape, dtype if kind is None else jnp.int8) for shape in shapes)
+    if kind is None:
+        return LatentPages(first, second) if config.use_mla else HeadPages(first, second)
+    scales = jnp.zeros(of_scales, dtype), jnp.zeros(of_scales, dtype)
+    return Int8LatentPages(first, second, *scales) if config.use_mla else Int8HeadPages(first, second, *scales)
+
+
+def checked_cache(name: str | None) -> CacheKind | None:
+    """The kind of a cache by its name.
+
+    Raises:
+      RequestError: there is none of it.
+    """
+    kinds: tuple[CacheKind, ...] = get_args(CacheKind)
+    if name is None:
+        return None
+    for kind in kinds:
+        if name == kind:
+            return kind
+    raise RequestError(f"a cache of kind {shown(name)} is not known; choose {', '.join(kinds)}, or none.")

@@ -6,6 +6,7 @@ B batch, T query positions, S cache positions, D model width, V vocabulary.
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.config import LanguageConfig
-from vl2_jax.model.attention import LatentAttention, LayerCache, MultiHeadAttention, Placement, cache_axes, empty_pages
+from vl2_jax.model.attention import (
+    CacheKind,
+    LatentAttention,
+    LayerCache,
+    MultiHeadAttention,
+    Placement,
+    cache_axes,
+    empty_pages,
+)
 from vl2_jax.model.layers import (
     ONE_DEVICE,
     Dtype,
@@ -175,18 +184,35 @@ class DecoderLayer(nn.Module):
         return x + mlp(normed), cache, None
 
 
-def init_cache(config: LanguageConfig, batch: int, length: int, dtype: Dtype, layout: Layout = ONE_DEVICE) -> Cache:
-    """An empty cache with room for `length` positions of every sequence."""
-    return _init_pages(config, (batch, -(-length // PAGE)), dtype, layout)
+def init_cache(
+    config: LanguageConfig,
+    batch: int,
+    length: int,
+    dtype: Dtype,
+    layout: Layout = ONE_DEVICE,
+    kind: CacheKind | None = None,
+) -> Cache:
+    """An empty cache with room for `length` positions of every sequence; `kind` is that of `empty_pages`."""
+    return _init_pages(config, (batch, -(-length // PAGE)), dtype, layout, kind)
 
 
-def init_pages(config: LanguageConfig, count: int, dtype: Dtype, layout: Layout = ONE_DEVICE) -> Cache:
+def init_pages(
+    config: LanguageConfig, count: int, dtype: Dtype, layout: Layout = ONE_DEVICE, kind: CacheKind | None = None
+) -> Cache:
     """An empty cache of so many pages, which a table gives to sequences."""
-    return _init_pages(config, (count,), dtype, layout)
+    return _init_pages(config, (count,), dtype, layout, kind)
 
 
-def _init_pages(config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype, layout: Layout) -> Cache:
-    return tuple(laid_out(empty_pages(config, lead, dtype), layout) for _ in range(config.num_hidden_layers))
+def _init_pages(
+    config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype, layout: Layout, kind: CacheKind | None
+) -> Cache:
+    return tuple(laid_out(empty_pages(config, lead, dtype, kind), layout) for _ in range(config.num_hidden_layers))
+
+
+def page_bytes(config: LanguageConfig, dtype: Dtype, kind: CacheKind | None = None) -> int:
+    """Bytes of a page in all layers."""
+    page = jax.eval_shape(partial(empty_pages, config, (1,), dtype, kind))
+    return config.num_hidden_layers * sum(array.size * array.dtype.itemsize for array in page)
 
 
 def laid_out(cache: LayerCache, layout: Layout) -> LayerCache:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from vl2_jax.config import VL2Config
+from vl2_jax.model.attention import CacheKind
 from vl2_jax.model.decoder import Cache, Decoder, DecoderOutput
 from vl2_jax.model.layers import ADAPTERS, ONE_DEVICE, Dtype, Layout, declare
 from vl2_jax.model.moe import Routing
@@ -43,6 +44,7 @@ class VL2Model(nn.Module):
     layout: Layout = ONE_DEVICE
     remat: bool = False  # for gradients, layers are computed again instead of keeping what is inside of them
     scan: bool = False  # without a cache, alike layers are one loop: see `layers.scan_layers`
+    cache_kind: CacheKind | None = None  # of its caches: see `attention.empty_pages`
 
     def setup(self) -> None:
         config = self.config

@@ -91,17 +91,22 @@ def make_plan(
     mesh: str = AUTO,
     dispatch: Dispatch = "ring",
     recipe: Recipe | None = None,
+    weights: str | None = None,
+    cache: str | None = None,
 ) -> Plan:
     """Compiles the program for the slice.
 
+    Args:
+      weights, cache: see `programs.build`.
+
     Raises:
-      MeshError: no such slice, no TPU compiler, or a mesh that does not fit.
+      MeshError: no such slice, no TPU compiler, or a mesh that does not fit; or see `programs.build`.
     """
     if batch < 1 or context < 1:
         raise MeshError(f"batch is {batch} and context {context}; expected at least 1.")
     place = find_slice(topology)
     layout = MeshLayout(make_mesh(mesh, config, place.devices, _holds_states(purpose, recipe)), dispatch)
-    program = build(purpose, config, layout, batch, context, recipe)
+    program = build(purpose, config, layout, batch, context, recipe, weights, cache)
     begun = time.perf_counter()
     with layout.on_devices():
         lowered = program.lower()
@@ -188,6 +193,8 @@ def search(
     context: int,
     tell: Callable[[str], None],
     recipe: Recipe | None = None,
+    weights: str | None = None,
+    cache: str | None = None,
 ) -> Plan:
     """The smallest slice of these kinds that the program fits on, with the fastest of the meshes that were tried.
 
@@ -198,8 +205,10 @@ def search(
     for topology in sorted(named, key=lambda name: (_chips(name), name)):
         place = find_slice(topology)
         best: Plan | None = None
-        for mesh in _meshes(config, place, purpose, batch, context, recipe):
-            plan = make_plan(model, config, topology, purpose, batch, context, mesh, recipe=recipe)
+        for mesh in _meshes(config, place, purpose, batch, context, recipe, weights, cache):
+            plan = make_plan(
+                model, config, topology, purpose, batch, context, mesh, recipe=recipe, weights=weights, cache=cache
+            )
             tell(f"{topology} {mesh}: {'fits' if plan.fits else f'{plan.over / 1e9:.1f} GB too much'}")
             if plan.fits and (best is None or plan.best_seconds < best.best_seconds):
                 best = plan
@@ -210,7 +219,14 @@ def search(
 
 
 def _meshes(
-    config: VL2Config, place: Slice, purpose: Purpose, batch: int, context: int, recipe: Recipe | None
+    config: VL2Config,
+    place: Slice,
+    purpose: Purpose,
+    batch: int,
+    context: int,
+    recipe: Recipe | None,
+    weights: str | None,
+    cache: str | None,
 ) -> Iterator[str]:
     """A few meshes whose weights and caches alone fit, the default first, then those that hold least."""
     devices, training = len(place.devices), _holds_states(purpose, recipe)
@@ -224,7 +240,7 @@ def _meshes(
             if undivided(sizes, config):
                 continue
             layout = MeshLayout(make_mesh(_written(sizes), config, place.devices, training))
-            held = sum(build(purpose, config, layout, batch, context, recipe).kinds.values())
+            held = sum(build(purpose, config, layout, batch, context, recipe, weights, cache).kinds.values())
             if held < place.chip.memory:
                 sized.append((sizes != first, held, _written(sizes)))
     return iter([mesh for _, _, mesh in sorted(sized)[:_MESHES_TRIED]])

@@ -15,14 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.quantise import checked_kind, put_together
 from convert.weight_map import unflatten
 from vl2_jax.config import LanguageConfig, VL2Config
+from vl2_jax.errors import MeshError
 from vl2_jax.inference.chunks import chunking
 from vl2_jax.inference.generate import DecodeState, decode_steps
 from vl2_jax.inference.options import SamplingOptions
 from vl2_jax.inference.prefill import FEWEST_TILES, prefill_chunk
 from vl2_jax.inference.sampling import Sampler
-from vl2_jax.model.attention import cache_axes
+from vl2_jax.model.attention import CacheKind, cache_axes, checked_cache
 from vl2_jax.model.decoder import init_cache
 from vl2_jax.model.vl2 import VL2Model
 from vl2_jax.sharding.layout import MeshLayout
@@ -60,25 +62,56 @@ class Program:
 
 
 def build(
-    purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: int, context: int, recipe: Recipe | None = None
+    purpose: Purpose,
+    config: VL2Config,
+    layout: MeshLayout,
+    batch: int,
+    context: int,
+    recipe: Recipe | None = None,
+    weights: str | None = None,
+    cache: str | None = None,
 ) -> Program:
-    """One decode step, one prefill chunk or one update of `batch` sequences of `context` positions."""
-    if purpose == "train":
-        return _train(config, layout, batch, context, recipe or _FULL)
-    return _inference(purpose, config, layout, batch, context)
+    """One decode step, one prefill chunk or one update of `batch` sequences of `context` positions.
+
+    Args:
+      recipe: of training.
+      weights: the kind of quantised weights (`convert.quantise`) that inference reads; `None` is bfloat16.
+      cache: its kind of cache (`attention.empty_pages`), likewise.
+
+    Raises:
+      CheckpointError, RequestError: no such kind.
+      MeshError: a kind for a training step, which has floats and no cache.
+    """
+    kinds = None if weights is None else checked_kind(weights), checked_cache(cache)
+    if purpose != "train":
+        return _inference(purpose, config, layout, batch, context, *kinds)
+    if any(kinds):
+        flag = f"--weights {weights}" if weights else f"--cache {cache}"
+        raise MeshError(f"a training step updates floats and has no cache; plan it without {flag}.")
+    return _train(config, layout, batch, context, recipe or _FULL)
 
 
-def _inference(purpose: Purpose, config: VL2Config, layout: MeshLayout, batch: int, context: int) -> Program:
+def _inference(
+    purpose: Purpose,
+    config: VL2Config,
+    layout: MeshLayout,
+    batch: int,
+    context: int,
+    weights: str | None,
+    cache_kind: CacheKind | None,
+) -> Program:
     language = config.language_config
-    model = VL2Model(config, jnp.bfloat16, jnp.bfloat16, layout=layout)
-    flat = abstract_sharded_params(config, layout.mesh, jnp.bfloat16)
-    params = unflatten(flat)
+    model = VL2Model(config, jnp.bfloat16, jnp.bfloat16, layout=layout, cache_kind=cache_kind)
+    flat = abstract_sharded_params(config, layout.mesh, jnp.bfloat16, weights)
+    params = unflatten(put_together(dict(flat)))
 
     def array(shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(layout.mesh, shape, axes))
 
-    rows = jax.eval_shape(lambda: init_cache(language, batch, context, jnp.bfloat16))
-    cache = tuple(type(layer)(*(array(leaf.shape, leaf.dtype, *cache_axes(layer)) for leaf in layer)) for layer in rows)
+    layers = jax.eval_shape(lambda: init_cache(language, batch, context, jnp.bfloat16, kind=cache_kind))
+    cache = tuple(
+        type(layer)(*(array(leaf.shape, leaf.dtype, *cache_axes(layer)) for leaf in layer)) for layer in layers
+    )
     kinds = weight_kinds(flat) | {"cache": _bytes(jax.tree.leaves(cache))}
     if purpose == "prefill":
         chunk = min(chunking("tpu", devices=layout.devices).lengths(batch)[0], context)

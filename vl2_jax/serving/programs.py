@@ -61,7 +61,7 @@ def empty(model: VL2Model, pages: int, slots: int) -> tuple[Cache, Slots]:
     vocabulary = model.config.language_config.vocab_size
     shape, whole = (slots, vocabulary), model.layout.constrain
     numbers = (jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int16), jnp.zeros(shape, jnp.float32))
-    cache = init_pages(model.config.language_config, pages, model.dtype, model.layout)
+    cache = init_pages(model.config.language_config, pages, model.dtype, model.layout, model.cache_kind)
     return cache, Slots(*(whole(each, None, None) for each in numbers))
 
 

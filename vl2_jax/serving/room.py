@@ -9,21 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import numpy as np
 
 from vl2_jax.config import VL2Config
 from vl2_jax.errors import RequestError
 from vl2_jax.memory import usable_memory
+from vl2_jax.model.attention import CacheKind
+from vl2_jax.model.decoder import page_bytes
 from vl2_jax.ops.paging.pages import PAGE
 from vl2_jax.serving.requests import Limits
 
 _SHARE = {"cpu": 0.25, "tpu": 0.8}  # of what is left: a CPU's memory is also everybody else's
-
-
-def page_bytes(config: VL2Config, dtype: Any) -> int:
-    """Bytes that a page takes, in all layers."""
-    language = config.language_config
-    return PAGE * language.num_hidden_layers * language.cache_width * np.dtype(dtype).itemsize
 
 
 def pages_for(
@@ -31,6 +26,7 @@ def pages_for(
     weights: int,
     dtype: Any,
     limits: Limits,
+    kind: CacheKind | None = None,
     memory: int | None = None,
     platform: str | None = None,
 ) -> int:
@@ -38,7 +34,7 @@ def pages_for(
 
     Args:
       weights: bytes of them on one device.
-      dtype: of the cache.
+      dtype, kind: of the cache, see `attention.empty_pages`.
       memory: bytes that model and cache may take together; `None` is what this machine's first device has, or what
         this process may use, and no limit where neither tells.
 
@@ -54,8 +50,9 @@ def pages_for(
     if memory is None:
         return 1 + wanted
     left = (memory - weights) * _SHARE.get(platform, 0.5)
-    fit = max(0, int(left / page_bytes(config, dtype)) - 1)
-    size = f"{page_bytes(config, dtype) * whole / 1e9:.1f} GB"
+    each = page_bytes(config.language_config, dtype, kind)
+    fit = max(0, int(left / each) - 1)
+    size = f"{each * whole / 1e9:.1f} GB"
     if limits.pages is not None and limits.pages > fit:
         raise RequestError(f"{limits.pages} pages do not fit into the memory beside the weights; {fit} do.")
     if fit < whole:

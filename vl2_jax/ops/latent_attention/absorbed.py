@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.latent_attention.api import latent_attention
-from vl2_jax.ops.paging.pages import LatentPages
+from vl2_jax.ops.paging.pages import AnyLatentPages
 
 
 def absorbed_attention(
@@ -25,11 +25,11 @@ def absorbed_attention(
     narrow: Float[Array, "R A"] | None = None,
     wide: Float[Array, "A H*(n+V)"] | None = None,
     *,
-    pages: LatentPages,
+    pages: AnyLatentPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     scale: float,
-) -> tuple[Float[Array, "B T H V"], LatentPages]:
+) -> tuple[Float[Array, "B T H V"], AnyLatentPages]:
     """`latent_attention` between the projections of its queries and of its results.
 
     Args:

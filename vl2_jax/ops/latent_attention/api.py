@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.latent_attention import reference, xla
-from vl2_jax.ops.paging.pages import LatentPages
+from vl2_jax.ops.paging.pages import AnyLatentPages
 
 
 def latent_attention(
@@ -20,13 +20,13 @@ def latent_attention(
     q_rotated: Float[Array, "B T H P"],
     new_latents: Float[Array, "B T R"],
     new_rotated: Float[Array, "B T P"],
-    pages: LatentPages,
+    pages: AnyLatentPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
     scale: float,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T H R"], LatentPages]:
+) -> tuple[Float[Array, "B T H R"], AnyLatentPages]:
     """Absorbed attention (DeepSeek-V2, arXiv 2405.04434, 2.1; SPEC 5.2): latents are every head's keys and values.
 
     The new rows are written to slots `positions + t`; then query t of a sequence attends to its slots 0 to
@@ -36,15 +36,15 @@ def latent_attention(
     Args:
       q_latent: queries times the key projection.
       q_rotated: the rotated part of the queries.
-      new_latents: latents of the new rows, in the dtype of the pages.
+      new_latents: latents of the new rows, in the dtype that the pages are read in.
       new_rotated: their rotated keys.
       pages: donate them: they are updated in place.
       table: the page of every 128 slots of each sequence. What it says past the page of the last new row is not used.
         `None` is a contiguous cache: its arrays are `[B, n, ...]`.
       positions: of the first new row of each sequence. Where it is negative, nothing is written and the result is 0.
       implementation: "pallas_tpu" is the kernel, "xla" a loop over blocks, "reference" one softmax, for tests. `None`
-        is the kernel where the program is compiled for a TPU and the kernel takes the dtype and the shape
-        (`pallas_tpu.supports`), else "xla".
+        is the kernel where the program is compiled for a TPU and the kernel takes the dtypes and the shape
+        (`pallas_tpu.supports`; of pages, bfloat16), else "xla".
 
     Returns:
       `[B, T, H, R]` in the dtype of `q_latent`, to be multiplied with the value projection, and the pages.

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.latent_attention.absorbed import by_head
-from vl2_jax.ops.paging.pages import PAGE, LatentPages, pages_a_sequence
+from vl2_jax.ops.paging.pages import PAGE, AnyLatentPages, pages_a_sequence
 from vl2_jax.ops.paging.xla import attend_to_filled, read_rows, write_rows
 
 
@@ -47,11 +47,11 @@ def expanded_attention(
     narrow: Float[Array, "R A"] | None = None,
     wide: Float[Array, "A H*(n+V)"] | None = None,
     *,
-    pages: LatentPages,
+    pages: AnyLatentPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     scale: float,
-) -> tuple[Float[Array, "B T H V"], LatentPages]:
+) -> tuple[Float[Array, "B T H V"], AnyLatentPages]:
     """What `absorbed_attention` gives, with the fewest operations where there are many queries.
 
     Args:
@@ -77,7 +77,7 @@ def expanded_attention(
     return jax.lax.platform_dependent(q_nope, q_rotated, kv_b, tpu=kernel, default=plain), pages
 
 
-def _kernel_supports(q_nope: Array, q_rotated: Array, kv_b: Array, pages: LatentPages, slots: int) -> bool:
+def _kernel_supports(q_nope: Array, q_rotated: Array, kv_b: Array, pages: AnyLatentPages, slots: int) -> bool:
     if q_nope.dtype != jnp.bfloat16:
         return False
     from vl2_jax.ops.latent_attention import prefill  # Pallas takes a third of a second to import
@@ -89,7 +89,7 @@ def _over_blocks(
     q_nope: Array,
     q_rotated: Array,
     kv_b: Array,
-    pages: LatentPages,
+    pages: AnyLatentPages,
     table: Array | None,
     positions: Array,
     *,

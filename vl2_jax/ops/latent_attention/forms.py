@@ -14,12 +14,12 @@ from jaxtyping import Array, Float
 
 from vl2_jax.ops.latent_attention.absorbed import absorbed_attention
 from vl2_jax.ops.latent_attention.expanded import expanded_attention
-from vl2_jax.ops.paging.pages import LatentPages
+from vl2_jax.ops.paging.pages import AnyLatentPages
 
 
 def attend_to_latents(
     q_nope: Float[Array, "B T H n"], *arrays: Array, absorbed: bool | None = None, **rest: Any
-) -> tuple[Float[Array, "B T H V"], LatentPages]:
+) -> tuple[Float[Array, "B T H V"], AnyLatentPages]:
     """`absorbed_attention` or `expanded_attention`, which have these arguments.
 
     Args:

@@ -26,13 +26,13 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.chips import Chip, chip_of_mesh
 from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, block_of_queries, dot
 from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, rows_of
-from vl2_jax.ops.paging.pages import PAGE, LatentPages, flat, full_table
+from vl2_jax.ops.paging.pages import PAGE, AnyLatentPages, LatentPages, flat, full_table
 
 _MIB = 1 << 20
 
 
 def supports(
-    q_nope: Array, q_rotated: Array, kv_b: Array, pages: LatentPages, slots: int, chip: Chip | None = None
+    q_nope: Array, q_rotated: Array, kv_b: Array, pages: AnyLatentPages, slots: int, chip: Chip | None = None
 ) -> bool:
     """Whether the kernel can do this: bfloat16, widths that fill its lanes, a sequence that fits in vector memory.
 

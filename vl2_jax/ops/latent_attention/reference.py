@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import LatentPages
+from vl2_jax.ops.paging.pages import AnyLatentPages
 from vl2_jax.ops.paging.reference import attended, put_rows
 
 
@@ -13,12 +13,12 @@ def latent_attention(
     q_rotated: Float[Array, "B T H P"],
     new_latents: Float[Array, "B T R"],
     new_rotated: Float[Array, "B T P"],
-    pages: LatentPages,
+    pages: AnyLatentPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
     scale: float,
-) -> tuple[Float[Array, "B T H R"], LatentPages]:
+) -> tuple[Float[Array, "B T H R"], AnyLatentPages]:
     queries = jnp.concatenate([q_latent, q_rotated], axis=-1).astype(jnp.float32)
     pages, (latents, rotated) = put_rows(pages, (new_latents, new_rotated), table, positions)
     rows = jnp.concatenate([latents, rotated], axis=-1).astype(jnp.float32)

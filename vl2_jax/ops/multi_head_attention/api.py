@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.multi_head_attention import reference, xla
-from vl2_jax.ops.paging.pages import PAGE, HeadPages, pages_a_sequence
+from vl2_jax.ops.paging.pages import PAGE, AnyHeadPages, pages_a_sequence
 from vl2_jax.ops.paging.xla import write_rows
 
 
@@ -23,13 +23,13 @@ def multi_head_attention(
     queries: Float[Array, "B T H K"],
     new_keys: Float[Array, "B T H K"],
     new_values: Float[Array, "B T H K"],
-    pages: HeadPages,
+    pages: AnyHeadPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
     scale: float,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T H K"], HeadPages]:
+) -> tuple[Float[Array, "B T H K"], AnyHeadPages]:
     """Attention with a cache (SPEC 5.3): as `latent_attention`, with keys and values of every head.
 
     The new rows are written to slots `positions + t`; then query t of a sequence attends to its slots 0 to
@@ -41,8 +41,8 @@ def multi_head_attention(
         `None` is a contiguous cache: its arrays are `[B, n, ...]`.
       positions: of the first new row of each sequence. Where it is negative, nothing is written and the result is 0.
       implementation: "pallas_tpu" is the kernel, "xla" a loop over blocks, "reference" one softmax, for tests. `None`
-        is the kernel where the program is compiled for a TPU and the kernel takes the dtype and the shape
-        (`pallas_tpu.supports`), else "xla".
+        is the kernel where the program is compiled for a TPU and the kernel takes the dtypes and the shape
+        (`pallas_tpu.supports`; of pages, bfloat16), else "xla".
 
     Returns:
       `[B, T, H, K]` in the dtype of `queries`, and the pages.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import HeadPages
+from vl2_jax.ops.paging.pages import AnyHeadPages
 from vl2_jax.ops.paging.reference import attended, put_rows
 
 
@@ -13,12 +13,12 @@ def multi_head_attention(
     queries: Float[Array, "B T H K"],
     new_keys: Float[Array, "B T H K"],
     new_values: Float[Array, "B T H K"],
-    pages: HeadPages,
+    pages: AnyHeadPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
     scale: float,
-) -> tuple[Float[Array, "B T H K"], HeadPages]:
+) -> tuple[Float[Array, "B T H K"], AnyHeadPages]:
     new = (rearrange(rows, "b t h k -> b h t k") for rows in (new_keys, new_values))
     pages, rows = put_rows(pages, tuple(new), table, positions)
     queries32, keys, values = (a.astype(jnp.float32) for a in (queries, *rows))

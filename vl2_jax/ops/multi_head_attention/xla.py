@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import PAGE, HeadPages, pages_a_sequence
+from vl2_jax.ops.paging.pages import PAGE, AnyHeadPages, pages_a_sequence
 from vl2_jax.ops.paging.xla import attend_to_filled, read_rows, write_rows
 
 
@@ -14,12 +14,12 @@ def multi_head_attention(
     queries: Float[Array, "B T H K"],
     new_keys: Float[Array, "B T H K"],
     new_values: Float[Array, "B T H K"],
-    pages: HeadPages,
+    pages: AnyHeadPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
     scale: float,
-) -> tuple[Float[Array, "B T H K"], HeadPages]:
+) -> tuple[Float[Array, "B T H K"], AnyHeadPages]:
     sequences = positions.shape[0]
     by_head, *new = (rearrange(rows, "b t h k -> b h t k") for rows in (queries, new_keys, new_values))
     pages = write_rows(pages, tuple(new), table, positions)
@@ -35,5 +35,5 @@ def multi_head_attention(
         return jnp.einsum("bhts,bhsk->bhtk", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
     slots = pages_a_sequence(pages, table, sequences) * PAGE
-    out = attend_to_filled((by_head.astype(pages.keys.dtype),), block, score, mix, slots, positions, scale)
+    out = attend_to_filled((by_head.astype(pages.dtype),), block, score, mix, slots, positions, scale)
     return rearrange(out, "b h t k -> b t h k").astype(queries.dtype), pages

@@ -1,4 +1,4 @@
-"""A cache in pages of 128 rows, and where in a page a row lies.
+"""A cache in pages of 128 rows, of floats or of whole numbers with scales, and where in a page a row lies.
 
 B sequences, N pages, H heads, K head width, R latent rank, P rotated width. Sequence b holds its position p in row
 p % 128 of page `table[b, p // 128]`. A contiguous cache has no table: its arrays have an axis of sequences before that
@@ -7,14 +7,16 @@ of pages, `[B, n, ...]`, and page j of sequence b is `[b, j]`.
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 PAGE = 128  # rows: 147 KB of latents in bfloat16, which a copy brings at the full rate of the memory
 HALF = PAGE // 2
+_MOST = 127  # of whole numbers in eight bits, to both sides of 0
 
 
 class LatentPages(NamedTuple):
@@ -31,6 +33,19 @@ class LatentPages(NamedTuple):
 
     latents: Float[Array, "N 128 R"]
     rotated: Float[Array, "N 64 2*P"]
+
+    @property
+    def dtype(self) -> Any:
+        """Of rows as they are read."""
+        return self.latents.dtype
+
+    def stored(self, rows: Iterable[Float[Array, "... T ?W"]]) -> tuple[Array, ...]:
+        """Rows of latents and of rotated parts as the arrays hold them."""
+        return tuple(part.astype(self.dtype) for part in rows)
+
+    def floats(self) -> LatentPages:
+        """The pages as they are multiplied with."""
+        return self
 
     def rows(self) -> tuple[Float[Array, "... n*128 R"], Float[Array, "... n*128 P"]]:
         """Pages `[..., n, ...]` as rows, in the order of their positions."""
@@ -57,6 +72,19 @@ class HeadPages(NamedTuple):
     keys: Float[Array, "N H 128 K"]
     values: Float[Array, "N H 128 K"]
 
+    @property
+    def dtype(self) -> Any:
+        """Of rows as they are read."""
+        return self.keys.dtype
+
+    def stored(self, rows: Iterable[Float[Array, "... T ?W"]]) -> tuple[Array, ...]:
+        """Rows of keys and of values as the arrays hold them."""
+        return tuple(part.astype(self.dtype) for part in rows)
+
+    def floats(self) -> HeadPages:
+        """The pages as they are multiplied with."""
+        return self
+
     def rows(self) -> tuple[Float[Array, "... H n*128 K"], Float[Array, "... H n*128 K"]]:
         """Pages `[..., n, ...]` as rows, in the order of their positions."""
         keys, values = (rearrange(pages, "... n h s k -> ... h (n s) k") for pages in self)
@@ -72,16 +100,106 @@ class HeadPages(NamedTuple):
         return ((0, row, 0),) * 2
 
 
-Pages = TypeVar("Pages", LatentPages, HeadPages)
+class Int8LatentPages(NamedTuple):
+    """`LatentPages` in whole numbers, each row of both arrays with a scale, in the dtype that it is read in:
+
+    latents[n], rotated[n]           latent_scales[n], rotated_scales[n]
+    as there, a byte a number        | row 0 | row 1 | ... | row 127 |
+    """
+
+    latents: Int8[Array, "N 128 R"]
+    rotated: Int8[Array, "N 64 2*P"]
+    latent_scales: Float[Array, "N 1 128"]
+    rotated_scales: Float[Array, "N 1 128"]
+
+    @property
+    def dtype(self) -> Any:
+        return self.latent_scales.dtype
+
+    def stored(self, rows: Iterable[Float[Array, "... T ?W"]]) -> tuple[Array, ...]:
+        return _rounded(rows, self.dtype)
+
+    def floats(self) -> LatentPages:
+        of_latents = rearrange(self.latent_scales, "... 1 s -> ... s 1")
+        of_halves = rearrange(self.rotated_scales, "... 1 (half i) -> ... i half", half=2)
+        of_rotated = jnp.repeat(of_halves, self.rotated.shape[-1] // 2, axis=-1)
+        return LatentPages(self.latents.astype(self.dtype) * of_latents, self.rotated.astype(self.dtype) * of_rotated)
+
+    def rows(self) -> tuple[Array, ...]:
+        """Pages `[..., n, ...]` as rows of the four arrays, those of scales with one number."""
+        scales = (rearrange(scales, "... n 1 s -> ... (n s) 1") for scales in self[2:])
+        return *LatentPages(*self[:2]).rows(), *scales
+
+    @staticmethod
+    def of_rows(latents: Array, rotated: Array, *scales: Float[Array, "... n*128 1"]) -> Int8LatentPages:
+        """Rows as pages."""
+        pages = (rearrange(rows, "... (n s) 1 -> ... n 1 s", s=PAGE) for rows in scales)
+        return Int8LatentPages(*LatentPages.of_rows(latents, rotated), *pages)
+
+    def begin_of(self, row: Array) -> tuple[tuple[Array | int, ...], ...]:
+        return *LatentPages(*self[:2]).begin_of(row), (0, row), (0, row)
 
 
-def shapes_of_page(pages: LatentPages | HeadPages) -> list[tuple[int, ...]]:
+class Int8HeadPages(NamedTuple):
+    """`HeadPages` in whole numbers, each row of every head with a scale: see `Int8LatentPages`."""
+
+    keys: Int8[Array, "N H 128 K"]
+    values: Int8[Array, "N H 128 K"]
+    key_scales: Float[Array, "N H 1 128"]
+    value_scales: Float[Array, "N H 1 128"]
+
+    @property
+    def dtype(self) -> Any:
+        return self.key_scales.dtype
+
+    def stored(self, rows: Iterable[Float[Array, "... T ?W"]]) -> tuple[Array, ...]:
+        return _rounded(rows, self.dtype)
+
+    def floats(self) -> HeadPages:
+        pairs = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        return HeadPages(*(whole.astype(self.dtype) * jnp.swapaxes(scales, -1, -2) for whole, scales in pairs))
+
+    def rows(self) -> tuple[Array, ...]:
+        """Pages `[..., n, ...]` as rows of the four arrays, those of scales with one number."""
+        scales = (rearrange(scales, "... n h 1 s -> ... h (n s) 1") for scales in self[2:])
+        return *HeadPages(*self[:2]).rows(), *scales
+
+    @staticmethod
+    def of_rows(keys: Array, values: Array, *scales: Float[Array, "... H n*128 1"]) -> Int8HeadPages:
+        """Rows as pages."""
+        pages = (rearrange(rows, "... h (n s) 1 -> ... n h 1 s", s=PAGE) for rows in scales)
+        return Int8HeadPages(*HeadPages.of_rows(keys, values), *pages)
+
+    def begin_of(self, row: Array) -> tuple[tuple[Array | int, ...], ...]:
+        return ((0, row, 0),) * 2 + ((0, 0, row),) * 2
+
+
+AnyLatentPages = LatentPages | Int8LatentPages
+AnyHeadPages = HeadPages | Int8HeadPages
+AnyPages = AnyLatentPages | AnyHeadPages
+Pages = TypeVar("Pages", bound=AnyPages)
+
+
+def _rounded(rows: Iterable[Float[Array, "... T ?W"]], dtype: Any) -> tuple[Array, ...]:
+    """Each of some rows as the nearest whole numbers, then the scales of all of them, `[..., T, 1]`."""
+    whole, scales = [], []
+    for part in rows:
+        wide = part.astype(jnp.float32)
+        largest = jnp.abs(wide).max(axis=-1, keepdims=True)
+        scale = (jnp.where(largest > 0, largest, 1) / _MOST).astype(dtype)
+        steps = jnp.rint(wide / scale.astype(jnp.float32))
+        whole.append(jnp.clip(steps, -_MOST, _MOST).astype(jnp.int8))
+        scales.append(scale)
+    return *whole, *scales
+
+
+def shapes_of_page(pages: AnyPages) -> list[tuple[int, ...]]:
     """Shape of one page in each array."""
     rank = 3 if isinstance(pages, HeadPages) else 2
     return [array.shape[-rank:] for array in pages]
 
 
-def pages_a_sequence(pages: LatentPages | HeadPages, table: Int[Array, "B per"] | None, sequences: int) -> int:
+def pages_a_sequence(pages: AnyPages, table: Int[Array, "B per"] | None, sequences: int) -> int:
     """How many pages a sequence may have.
 
     Raises:
@@ -101,9 +219,7 @@ def flat(pages: Pages, table: Int[Array, "B per"] | None) -> Pages:
     return pages if table is not None else type(pages)(*(array.reshape(-1, *array.shape[2:]) for array in pages))
 
 
-def full_table(
-    pages: LatentPages | HeadPages, table: Int[Array, "B per"] | None, sequences: int
-) -> Int[Array, "B per"]:
+def full_table(pages: AnyPages, table: Int[Array, "B per"] | None, sequences: int) -> Int[Array, "B per"]:
     """The table, written out for pages that were a contiguous cache and are `flat` now."""
     if table is not None:
         return table

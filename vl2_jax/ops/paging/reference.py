@@ -23,13 +23,14 @@ def put_rows(
     def put(old: Array, new: Array) -> Array:
         taken = jax.vmap(lambda rows, which: rows[..., which, :])(new, jnp.clip(which, 0, new.shape[-2] - 1))
         here = written.reshape(len(written), *[1] * (old.ndim - 3), -1, 1)
-        return jnp.where(here, taken.astype(old.dtype), old)
+        return jnp.where(here, taken, old)
 
-    rows = put(rows[0], new[0]), put(rows[1], new[1])
+    rows = tuple(map(put, rows, pages.stored(new)))
     touched = written.reshape(*table.shape, PAGE).any(axis=-1)
     at = jnp.where(touched, table, pages[0].shape[0])  # past the end: dropped
     put_back = (a.at[at].set(b, mode="drop") for a, b in zip(pages, type(pages).of_rows(*rows)))
-    return type(pages)(*(new.reshape(old.shape) for new, old in zip(put_back, given))), rows
+    wide = type(pages).of_rows(*rows).floats().rows()
+    return type(pages)(*(new.reshape(old.shape) for new, old in zip(put_back, given))), wide
 
 
 def attended(positions: Int[Array, " B"], shape: tuple[int, ...]) -> Bool[Array, "B 1 T S"]:

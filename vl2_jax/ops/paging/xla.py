@@ -34,7 +34,7 @@ def write_rows(
     A loop over the sequences: for a scatter, XLA copies the whole cache. One row is one update. More rows may begin
     anywhere in a page: the pages that they can touch are read, and those that they do touch are written back.
     """
-    new = tuple(rows.astype(array.dtype) for rows, array in zip(new, pages))
+    new = pages.stored(new)
     sequences, length = positions.shape[0], new[0].shape[-2]
     per = pages_a_sequence(pages, table, sequences)
     many = min(per, (length + PAGE - 2) // PAGE + 1)  # that rows from anywhere can touch
@@ -64,7 +64,7 @@ def write_rows(
             jax.lax.dynamic_update_slice_in_dim(old, rows[sequence], position - first * PAGE, axis=-2)
             for old, rows in zip(window.rows(), new)
         ]
-        window = type(pages).of_rows(*filled)
+        written = type(pages).of_rows(*filled)
 
         def write_page(i: Array, pages: Pages) -> Pages:
             def put(array: Array, window: Array) -> Array:
@@ -72,7 +72,7 @@ def write_rows(
                 new = window[i].reshape(*[1] * len(page), *window.shape[1:])
                 return jax.lax.dynamic_update_slice(array, new, (*page, *[0] * (array.ndim - len(page))))
 
-            return type(pages)(*map(put, pages, window))
+            return type(pages)(*map(put, pages, written))
 
         end = jnp.where(positions[sequence] < 0, 0, (position + length - 1) // PAGE + 1 - first)
         return jax.lax.fori_loop(position // PAGE - first, end, write_page, pages)
@@ -88,7 +88,9 @@ def read_pages(
     count: int,
     only: Array | None = None,
 ) -> Pages:
-    """`count` pages of every sequence, or of only one, from its page `first` on: arrays `[B or 1, count, ...]`."""
+    """`count` pages of every sequence, or of only one, from its page `first` on, as they are kept: arrays `[B or 1,
+    count, ...]`.
+    """
     begin = jnp.asarray(0 if only is None else only), jnp.asarray(first)
     read = _Read(table, begin, (sequences if only is None else 1, count))
     return type(pages)(*map(read.of, pages))
@@ -125,10 +127,12 @@ def read_rows(
     size: int,
     only: Array | None = None,
 ) -> tuple[Array, Array]:
-    """The rows of the slots from `begin` on, both of whole pages: `[B or 1, size, W]`, or `[B or 1, H, size, W]`."""
+    """The rows of the slots from `begin` on, both of whole pages, as floats: `[B or 1, size, W]`, or `[B or 1, H, size,
+    W]`.
+    """
     if size % PAGE:
         raise ValueError(f"{size} rows are not whole pages of {PAGE}.")
-    return read_pages(pages, table, sequences, begin // PAGE, size // PAGE, only).rows()
+    return read_pages(pages, table, sequences, begin // PAGE, size // PAGE, only).floats().rows()
 
 
 def attend_to_filled(
