@@ -76,17 +76,16 @@ def test_gradients_beside_quantised_weights_are_those_beside_the_numbers_they_st
 
 
 def test_no_wide_copy_of_the_experts_is_made():
-    """Shapes alone: three layers of 8 experts, of which one projection of one expert takes 1 MB in float32."""
+    """Shapes alone: two layers of 8 experts, of which one projection of one expert takes 5 MB in float32."""
     config = VL2Config.preset("vl2-nano")
     language = config.language_config.replace(
-        num_hidden_layers=4, hidden_size=512, moe_intermediate_size=512, n_routed_experts=8, num_experts_per_tok=2
+        num_hidden_layers=3, hidden_size=1152, moe_intermediate_size=1152, n_routed_experts=8, num_experts_per_tok=2
     )
     config = config.replace(
         language_config=language, projector_config=config.projector_config.replace(n_embed=language.hidden_size)
     )
     flat = flatten(abstract_params(config, jnp.float32))
-    experts = [path for path in flat if "/experts_" in path]
-    wide = sum(4 * flat[path].size for path in experts)
+    experts = [4 * leaf.size for path, leaf in flat.items() if "/experts_" in path]
     narrow = {path: abstract_quantised(path, leaf.shape, "int4") for path, leaf in flat.items() if is_quantised(path)}
     described = Recipe(lora=LoraRecipe(4, 8.0, BESIDE_EXPERTS))
     factors = unflatten(abstract_adapters(described, flat))
@@ -95,14 +94,10 @@ def test_no_wide_copy_of_the_experts_is_made():
     def loss(adapters, params, x, positions):
         return apply(model, {**params, ADAPTERS: adapters}, x, positions, method="decode").hidden.sum()
 
-    x, positions = jax.ShapeDtypeStruct((1, 16, 512), jnp.float32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    sizes = [
-        jax.jit(jax.grad(loss)).lower(factors, unflatten(params), x, positions).compile().memory_analysis()
-        for params in (flat, flat | narrow)
-    ]
-    assert len(experts) == 9
-    assert sizes[1].temp_size_in_bytes < wide / len(experts)
-    assert sizes[1].argument_size_in_bytes < sizes[0].argument_size_in_bytes - 0.8 * wide
+    x, positions = jax.ShapeDtypeStruct((1, 16, 1152), jnp.float32), jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    program = jax.jit(jax.grad(loss)).lower(factors, unflatten(flat | narrow), x, positions).compile()
+    assert len(experts) == 2 * 3
+    assert program.memory_analysis().temp_size_in_bytes < experts[0]
 
 
 def test_adapters_of_experts_are_cut_as_quantised_matrices_are():

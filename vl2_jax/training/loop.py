@@ -366,10 +366,11 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
         if recipe.lora.rank and described.adapters is not None:
             names = names_of(described.path, small_files, config)
             adapters = read_adapters(described.adapters, plan(config), names)
+        weights: Any = described.weights  # which the recipe has checked
         vl2 = load(
             described.path,
             dtype=described.param_dtype,
-            weights=described.weights,
+            weights=weights,
             mesh=getattr(layout, "mesh", None),
             adapters=None if recipe.lora.rank else described.adapters,
             merge=True,

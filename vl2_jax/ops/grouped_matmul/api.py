@@ -96,7 +96,8 @@ def _forward_of_narrow(lhs, rhs, group_sizes):
 
 
 def _backward_of_narrow(saved, dout):
-    return _of_many_rows(dout, *saved, True), None, None
+    rhs, group_sizes = saved
+    return _of_many_rows(dout, rhs, group_sizes, True), None, None
 
 
 def _of_many_rows(lhs, rhs, group_sizes, transpose_rhs):
