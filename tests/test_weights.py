@@ -42,7 +42,7 @@ def test_weights_of_a_cpu_are_two_bytes_each_and_none_is_a_narrow_float():
 
 
 def test_training_takes_arrays():
-    arrays = vl2_jax.load("vl2-nano", weights="arrays")
+    arrays = vl2_jax.load("vl2-nano", arrays=True)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(arrays.params)} <= {"bfloat16", "float32"}
     assert arrays.model.dtype == jnp.bfloat16
 

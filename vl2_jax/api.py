@@ -55,6 +55,7 @@ def load(
     dispatch: Dispatch = "ring",
     adapters: str | Path | None = None,
     merge: bool | None = None,
+    arrays: bool = False,
     report: Report = silent,
 ) -> VL2:
     """A model from a released or a converted directory, or by its hub id.
@@ -63,9 +64,8 @@ def load(
       model: a directory, or an id such as "deepseek-ai/deepseek-vl2-tiny" (needs a connection the first time).
       dtype: "bfloat16" or "float32"; `None` is the checkpoint's. Weights are kept in it and computed with in it, except
         that a CPU computes in float32, which is exact with bfloat16 weights and faster.
-      weights: "int8" or "int4" quantises the decoder's matrices of a checkpoint of floats (`convert.quantise`);
-        "arrays" are plain arrays of `dtype`, as training takes them. `None` is what the checkpoint holds, in the form
-        that answers fastest: on a CPU, bfloat16 matrices are kept as whole numbers (`ops.narrow`).
+      weights: "int8" or "int4" quantises the decoder's matrices of a checkpoint of floats (`convert.quantise`); `None`
+        is what the checkpoint holds.
       cache: "int8" keeps rows of the cache as whole numbers with a scale of each row (`ops.paging.pages`); `None` is in
         the dtype of products.
       verify: compare every byte with the checkpoint's manifest; damage is reported by name.
@@ -76,6 +76,8 @@ def load(
       adapters: a directory of low-rank adapters in PEFT's layout; those of a base of another name are a `VL2Warning`.
       merge: add the adapters to the weights, which costs nothing later, or keep them beside, which loses nothing: the
         sum of a bfloat16 weight and a small update is mostly the weight. `None` merges into float32 weights alone.
+      arrays: what is not quantised is plain arrays of `dtype`, as training takes it. Else it has the form that answers
+        fastest: on a CPU, bfloat16 matrices are kept as whole numbers (`ops.narrow`).
       report: called with (phase, done, total) as loading goes on.
 
     Compiled programs are kept from here on, see `compilation`.
@@ -96,7 +98,9 @@ def load(
     layout: Layout = ONE_DEVICE
     if mesh is not None:
         layout = MeshLayout(make_mesh(mesh, config) if isinstance(mesh, str) else mesh, dispatch)
-    params, computed = read_weights(directory, config, leaves, wanted, weights, layout, added, merge, verify, report)
+    params, computed = read_weights(
+        directory, config, leaves, wanted, weights, layout, added, merge, arrays, verify, report
+    )
     processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
     return VL2(config, params, processor, computed, chunk_size, layout, cache_kind)
 

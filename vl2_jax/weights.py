@@ -1,6 +1,6 @@
 """Weights from a directory to what computes with them: the kind they are kept in, adapters, and the dtype of products.
 
-arrays           floats of one dtype, which training and TPUs take
+arrays           floats of one dtype, which TPUs take; training does, beside quantised matrices too
 int8, int4       the decoder's matrices in so many bits (`convert.quantise`), everything else as without
 on a CPU         no bfloat16 array is left: matrices and embeddings are whole numbers (`ops.narrow`), the few others
                  float32, and so are products
@@ -44,8 +44,7 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.loading import load_sharded
 from vl2_jax.sharding.rules import abstract_sharded_params
 
-Weights = Literal["int8", "int4", "arrays"]
-ARRAYS: Weights = "arrays"
+Weights = Literal["int8", "int4"]
 _EMBEDDINGS = "language/embed_tokens"
 
 
@@ -56,7 +55,7 @@ def kinds_of(directory: Path, leaves: list[Leaf], weights: str | None) -> tuple[
       CheckpointError: no such kind, or the directory's weights cannot become what is wanted.
     """
     held = kind_of(directory, leaves) if is_converted(directory) else None
-    wanted = None if weights == ARRAYS else held if weights is None else checked_kind(weights)
+    wanted = held if weights is None else checked_kind(weights)
     if held is not None and wanted != held:
         raise CheckpointError(
             f"the weights of {directory} are {held} and cannot become {weights}; give the model in bfloat16 or float32 "
@@ -73,7 +72,7 @@ def stored_and_computed(directory: Path, config: VL2Config, dtype: str | None, w
     """
     leaves, kept = plan(config), dtype_of(dtype or config.torch_dtype)
     _, kind = kinds_of(directory, leaves, weights)
-    wide = weights != ARRAYS and _is_widened(jax.default_backend(), kept)
+    wide = _is_widened(jax.default_backend(), kept)
     return bytes_of(leaves, kind, kept.itemsize), np.dtype(np.float32) if wide else kept
 
 
@@ -86,6 +85,7 @@ def read_weights(
     layout: Any,
     adapters: lora.Adapters | None,
     merge: bool | None,
+    arrays: bool,
     verify: bool,
     report: Report,
 ) -> tuple[Params, Any]:
@@ -93,7 +93,7 @@ def read_weights(
 
     Args:
       dtype: of what is not quantised.
-      weights, merge: see `api.load`.
+      weights, merge, arrays: see `api.load`.
       layout: where they lie.
     """
     held, kind = kinds_of(directory, leaves, weights)
@@ -128,7 +128,7 @@ def read_weights(
         params = unflatten(flat)
     else:
         params = unflatten(lora.merge(flat, adapters, in_place=True)) if merge else lora.beside(flat, adapters)
-    return (params, jnp.dtype(dtype)) if weights == ARRAYS else _for_devices(params)
+    return (params, jnp.dtype(dtype)) if arrays else _for_devices(params)
 
 
 def _quantise_in_place(flat: dict[str, Array], kind: str, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:

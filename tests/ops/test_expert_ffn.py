@@ -13,9 +13,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tests.ops.interpreted import interpreted
 from vl2_jax.ops.chips import CHIPS
-from vl2_jax.ops.expert_ffn import backward, backward_weights, pallas_tpu
+from vl2_jax.ops.expert_ffn import adapted, backward, backward_weights, pallas_tpu
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.tiling import Scratch, Tiling, choose_tiling
+from vl2_jax.ops.grouped_matmul.api import grouped_matmul
 
 
 def problem(seed, tokens, experts, k, width=12, hidden=8):
@@ -51,6 +52,34 @@ def test_one_expert_may_take_everything(ids):
     weights = jnp.ones(ids.shape)
     arguments = (x, gate, up, down, ids, weights)
     np.testing.assert_allclose(expert_ffn(*arguments), reference(*arguments), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_experts_elsewhere_leave_nothing_beside_adapters(monkeypatch):
+    """A TPU's grouped products leave such rows, and their gradients, as memory that nobody wrote: here, no numbers."""
+    x, gate, up, down, ids, weights = problem(2, 20, 4, 2)
+    ids = ids.at[::3].set(4)
+    factors = tuple((kernel[..., :2], kernel[:, :2]) for kernel in (gate, up, down))
+
+    @jax.custom_vjp
+    def with_unwritten_gradient(rows, is_past):
+        return rows
+
+    with_unwritten_gradient.defvjp(
+        lambda rows, is_past: (rows, is_past), lambda is_past, dout: (jnp.where(is_past, jnp.nan, dout), None)
+    )
+
+    def product(lhs, rhs, sizes):
+        is_past = (jnp.arange(len(lhs)) >= sizes.sum())[:, None]
+        return jnp.where(is_past, jnp.nan, grouped_matmul(with_unwritten_gradient(lhs, is_past), rhs, sizes))
+
+    def loss(x, weights, factors):
+        return expert_ffn(x, gate, up, down, ids, weights, adapters=factors).sum()
+
+    gradients = partial(jax.value_and_grad(loss, argnums=(0, 1, 2)), x, weights, factors)
+    expected = gradients()
+    monkeypatch.setattr(adapted, "grouped_matmul", product)
+    for ours, wanted in zip(jax.tree.leaves(gradients()), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(ours, wanted)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 4, 2), (37, 6, 3), (64, 3, 1)])

@@ -73,6 +73,63 @@ def test_no_wide_copy_of_a_matrix_is_made(kind, rows, most):
     assert program.memory_analysis().temp_size_in_bytes < most * 4 * 2048 * 4096
 
 
+@pytest.mark.parametrize("kind", ["bits", "int8", "int4"])
+@pytest.mark.parametrize("shape", [(192, 40), (64, 20000)])
+def test_gradients_of_rows_are_products_with_transposes(kind, shape):
+    """One block of columns, and several."""
+    kernel, exact = narrow_matrices((3, *shape))
+    if kind != "bits":
+        kernel = quantised(jnp.asarray(exact, jnp.float32), kind)
+        exact = np.asarray(kernel.widened(jnp.float32)).astype(np.float64)
+    random = np.random.default_rng(4)
+    x, dout = (random.standard_normal((5, width), np.float32) for width in shape)
+    (found,) = jax.jit(lambda x, kernel: jax.vjp(lambda x: product(x, kernel, 2), x)[1](dout))(x, kernel)
+    close(found, dout @ exact[2].T, shape[1])
+
+
+def test_gradients_of_experts_of_int4_are_those_of_the_numbers_they_stand_for():
+    experts, width, hidden, k = 6, 64, 48, 2
+    random = np.random.default_rng(6)
+    shapes = (experts, width, hidden), (experts, width, hidden), (experts, hidden, width)
+    kernels = [quantised(random.standard_normal(shape, np.float32), "int4") for shape in shapes]
+    x, dout = (random.standard_normal((50, width), np.float32) / width for _ in range(2))
+    ids = jnp.asarray([random.permutation(experts + 1)[:k] for _ in range(50)])
+    weights = random.random((50, k), np.float32)
+    pairs = [
+        tuple(jnp.asarray(0.1 * random.standard_normal(s, np.float32)) for s in ((experts, d, 2), (experts, 2, f)))
+        for _, d, f in shapes
+    ]
+
+    def gradients(kernels, implementation=None):
+        def beside(x, weights, pairs):
+            return expert_ffn(x, *kernels, ids, weights, adapters=tuple(pairs))
+
+        def alone(x, weights):
+            return expert_ffn(x, *kernels, ids, weights, implementation=implementation)
+
+        return jax.vjp(beside, x, weights, pairs)[1](dout), jax.vjp(alone, x, weights)[1](dout)
+
+    ours = jax.jit(gradients)(kernels)
+    exact = jax.jit(lambda kernels: gradients(kernels, "reference"))([k.widened(jnp.float32) for k in kernels])
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def test_gradients_through_layers_need_the_wide_matrices_of_one():
+    """A wide matrix here takes 9 MB, the rows of a layer 0.1 MB."""
+
+    def loss(x, kernels):
+        for kernel in kernels:
+            x = jax.nn.tanh(product(x, kernel))
+        return x.sum()
+
+    kernel, x = abstract_quantised("mlp", (1536, 1536), "int4"), jax.ShapeDtypeStruct((16, 1536), jnp.float32)
+    programs = (jax.jit(jax.grad(loss)).lower(x, [kernel] * count).compile() for count in (2, 8))
+    few, many = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert many - few < 6 * 3 * 4 * 16 * 1536
+    assert few < 1.5 * 4 * 1536 * 1536
+
+
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_experts_of_bits_are_the_experts_they_stand_for(tokens):
     experts, width, hidden, k = 6, 48, 80, 2

@@ -152,7 +152,7 @@ def test_adapters_beside_the_weights_of_a_mesh_are_adapters_merged(small_model, 
 def test_updates_below_a_step_of_bfloat16_are_kept_beside_and_lost_merged(small_model, small_updates, vl2, question):
     """In float32 arithmetic, so that only what happens to the weights differs."""
     batch, model = vl2.processor(question), vl2.model
-    load = partial(vl2_jax.load, small_model, dtype="bfloat16", weights="arrays")
+    load = partial(vl2_jax.load, small_model, dtype="bfloat16", arrays=True)
     params = {
         "base": load().params,
         "merged": load(adapters=small_updates, merge=True).params,

@@ -10,7 +10,7 @@ import tyro
 
 from vl2_jax.cli.info import config_of
 from vl2_jax.cli.terminal import print_json, tell
-from vl2_jax.errors import MeshError, shown
+from vl2_jax.errors import ConfigError, MeshError, shown
 
 
 def plan(
@@ -24,6 +24,7 @@ def plan(
     weights: str | None = None,
     cache: str | None = None,
     recipe: Path | None = None,
+    weights: str | None = None,
     search: bool = False,
     json: bool = False,
     save: Path | None = None,
@@ -43,6 +44,7 @@ def plan(
         weights: int8 or int4: the decoder's matrices in so many bits; by default bfloat16.
         cache: int8: rows of the cache in eight bits; by default bfloat16.
         recipe: Of a training step; by default a full fine-tune with AdamW, layers computed again for gradients.
+        weights: int8 or int4: the decoder's matrices in so many bits, beside the adapters of a recipe with [lora].
         search: Find the smallest slice that it fits on, and the best mesh there.
         json: Print one object.
         save: Draw memory and time to a picture.
@@ -56,7 +58,10 @@ def plan(
     if save is not None:
         picture.check(save)
     config = config_of(model)
-    training = None if recipe is None else read_recipe(recipe)
+    if weights is not None and (purpose != "train" or recipe is None):
+        raise ConfigError(f"--weights {shown(weights)} is for training steps with a --recipe that has [lora].")
+    changes = [f"model.weights={weights}"] if weights else []
+    training = None if recipe is None else read_recipe(recipe, changes)
     if search:
         kinds = [kind.strip() for kind in topology.split(",")] if topology else list(TOPOLOGIES)
         unknown = [kind for kind in kinds if kind not in TOPOLOGIES]

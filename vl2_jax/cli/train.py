@@ -31,7 +31,8 @@ def train(
 
     Args:
         recipe: A TOML file, or the name of one of configs/training/, such as lora-tiny.
-        out: Folder of the run: checkpoints, logs (TensorBoard too), and the trained model in OUT/model at the end.
+        out: Folder of the run: checkpoints, logs (TensorBoard too), and at the end the trained model in OUT/model, or
+            in OUT/adapters the adapters that were trained beside quantised weights.
         set: Change a value of the recipe: --set optimizer.learning_rate=1e-4; may be given several times.
     """
     import jax
@@ -39,9 +40,11 @@ def train(
     from vl2_jax.training.recipe import read_recipe
 
     loop = training("loop")
-    model = out / "model"
-    if not is_remote(out) and model.exists() and not (out / loop.RECIPE_FILE).exists():
-        raise ConfigError(f"{model} exists and is not of a run in {out}, which writes there; choose another --out.")
+    for result in (out / "model", out / "adapters"):
+        if not is_remote(out) and result.exists() and not (out / loop.RECIPE_FILE).exists():
+            raise ConfigError(
+                f"{result} exists and is not of a run in {out}, which writes there; choose another --out."
+            )
     with Display(messages) as report:
         run = loop.train(read_recipe(recipe, set), out, tell, mesh=devices.mesh, report=report)
     if jax.process_count() > 1:
@@ -50,12 +53,18 @@ def train(
         return
     if not run.is_complete:
         sys.exit(128 + run.stopped_by)  # as a shell tells of a signal: `vl2 train ... && ...` does not go on
-    new = out / "model.new"
+    result = out / ("adapters" if run.is_quantised else "model")
+    new = result.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
-    training("export").export_run(out, new, tell)
-    shutil.rmtree(model, ignore_errors=True)
-    new.rename(model)
-    tell(f"the trained model is in {model}: vl2 generate --model {model} ...")
+    training("export").export_run(out, new, tell, adapters=run.is_quantised)
+    shutil.rmtree(result, ignore_errors=True)
+    new.rename(result)
+    if run.is_quantised:
+        base = run.recipe.model
+        kind = f" --weights {base.weights}" if base.weights else ""
+        tell(f"the adapters are in {result}: vl2 generate --model {base.path}{kind} --adapters {result} ...")
+    else:
+        tell(f"the trained model is in {result}: vl2 generate --model {result} ...")
 
 
 def training(part: str) -> Any:

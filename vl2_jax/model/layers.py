@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -98,13 +99,18 @@ def scan_layers(
     """
     if len({jax.tree.structure(each) for each in variables}) > 1:
         raise ConfigError("model.scan makes one loop of all layers, which must have adapters on the same projections.")
-    stacked = jax.tree.map(lambda *leaves: jnp.stack([_narrowed(leaf, dtype) for leaf in leaves]), *variables)
+    cast = [jax.tree.map(partial(_cast, dtype=dtype), each, is_leaf=_is_narrow) for each in variables]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *cast)
     return jax.lax.scan(jax.checkpoint(body) if remat else body, x, stacked)
 
 
-def _narrowed(leaf: Array, dtype: Dtype) -> Array:
+def _cast(leaf: Any, dtype: Dtype) -> Any:
     """Matrices are multiplied in the layers' dtype; vectors, routers' biases among them, stay as they are."""
-    return leaf.astype(dtype) if leaf.ndim > 1 else leaf
+    return in_dtype(leaf, dtype) if leaf.ndim > 1 else leaf
+
+
+def _is_narrow(leaf: Any) -> bool:
+    return isinstance(leaf, Narrow)
 
 
 def declare(

@@ -135,8 +135,8 @@ def _inference(
 
 def _train(config: VL2Config, layout: MeshLayout, batch: int, context: int, recipe: Recipe) -> Program:
     model = build_model(recipe.model, config, layout)
-    flat = abstract_sharded_params(config, layout.mesh, jnp.dtype(recipe.model.param_dtype))
-    state = abstract_state(recipe, flat)
+    flat = abstract_sharded_params(config, layout.mesh, jnp.dtype(recipe.model.param_dtype), recipe.model.weights)
+    state = abstract_state(recipe, put_together(dict(flat)))
     size = config.vision_config.image_size
     tiles = math.ceil(batch * recipe.data.tiles / recipe.data.rows / layout.devices) * layout.devices
 

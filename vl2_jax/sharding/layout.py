@@ -100,10 +100,13 @@ class MeshLayout(Layout):
         rows = spec_of(self.mesh, x.shape, ("batch", None, None))
         wide = specs_of(self.mesh, gate, ("expert", None, "expert_mlp"))
         tall = specs_of(self.mesh, down, ("expert", "expert_mlp", None))
-        factors = None if adapters is None else tuple(self._specs_of(pair, n == 2) for n, pair in enumerate(adapters))
         lies = jax.tree.leaves(tall, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))[0]
+        cut: str | None = "expert_mlp"
         if isinstance(gate, Narrow) and TENSOR not in _axes_of(lies, 1):  # as far as groups of rows of `down` allow
-            wide = specs_of(self.mesh, gate, ("expert", None, None))
+            cut, wide = None, specs_of(self.mesh, gate, ("expert", None, None))
+        factors = None
+        if adapters is not None:
+            factors = tuple(self._specs_of(pair, n == 2, cut) for n, pair in enumerate(adapters))
         body = partial(
             _local_experts,
             experts=gate.shape[0],
@@ -121,12 +124,16 @@ class MeshLayout(Layout):
             check_vma=False,  # loops and kernels inside do not say along which axes their results vary
         )(x, gate, up, down, expert_ids, combine_weights, adapters)
 
-    def _specs_of(self, pair: tuple[Array, Array] | None, is_down: bool) -> Any:
-        """Of the factors of a projection of all experts: they lie as their kernel does, the rank whole."""
+    def _specs_of(self, pair: tuple[Array, Array] | None, is_down: bool, cut: str | None) -> Any:
+        """Of the factors of a projection of all experts: they lie as their kernel does, the rank whole.
+
+        Args:
+          cut: the name of the experts' width, where it is cut.
+        """
         if pair is None:
             return None
-        axes = ("expert", "expert_mlp", None) if is_down else ("expert", None, None)
-        other = ("expert", None, None) if is_down else ("expert", None, "expert_mlp")
+        axes = ("expert", cut, None) if is_down else ("expert", None, None)
+        other = ("expert", None, None) if is_down else ("expert", None, cut)
         return spec_of(self.mesh, pair[0].shape, axes), spec_of(self.mesh, pair[1].shape, other)
 
 

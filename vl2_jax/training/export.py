@@ -26,7 +26,7 @@ from vl2_jax.files import local_destination, local_source
 from vl2_jax.training.checkpoints import Checkpoints, Reader, name_of
 from vl2_jax.training.evaluation import best_step
 from vl2_jax.training.folder import CHECKPOINTS, RECIPE_FILE
-from vl2_jax.training.loop import described_model
+from vl2_jax.training.loop import described_model, kinds_of_base
 from vl2_jax.training.lora import adapted_paths, adapters_of, whole_paths
 from vl2_jax.training.optimizer import is_trained
 from vl2_jax.training.recipe import Recipe, build_recipe
@@ -51,7 +51,8 @@ def export_run(
       The step it was saved at.
 
     Raises:
-      CheckpointError: there is no run, no checkpoint that can be read, or none of that step.
+      CheckpointError: there is no run, no checkpoint that can be read, or none of that step; or the adapters are to be
+        merged, and there are only the quantised weights that they were trained beside.
     """
     folder = local_source(folder, "a run")
     destination = local_destination(destination, "adapters" if adapters else "the exported model")
@@ -69,6 +70,17 @@ def export_run(
         base = recipe.model.path or recipe.model.preset or ""
         write_adapters(destination, _learned(recipe, paths, read, base), leaves, base)
         return step
+    held, kind = kinds_of_base(recipe, small_files, config)
+    if held is not None:
+        raise CheckpointError(
+            f"the adapters of {folder} cannot be added to the {held} weights of {small_files}; export them apart, and "
+            "load them beside these (--adapters)."
+        )
+    if kind is not None:
+        tell(
+            f"adapters that were trained beside {kind} weights are added to those that {small_files} holds; apart "
+            f"(--adapters), beside {kind} weights, they are the model that was trained"
+        )
     wide, narrow = np.dtype(np.float32), dtype_of(dtype or config.torch_dtype)
     dtypes = {leaf.path: wide if leaf.path.endswith(CORRECTION_BIAS) else narrow for leaf in leaves}
     merged = _Merged()

@@ -26,6 +26,7 @@ from vl2_jax.errors import ConfigError, VL2Error, shown
 from vl2_jax.files import local_destination
 from vl2_jax.model.layers import ONE_DEVICE, Layout
 from vl2_jax.model.vl2 import Params, VL2Model, init_params
+from vl2_jax.ops.narrow.kinds import Narrow
 from vl2_jax.processing.batch import Processor
 from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.batches import share_of_process, spread
@@ -43,7 +44,17 @@ from vl2_jax.training.log import Log
 from vl2_jax.training.optimizer import learning_rate
 from vl2_jax.training.packing import PackedBatch
 from vl2_jax.training.recipe import LoopRecipe, Recipe
-from vl2_jax.training.step import Metrics, TrainState, all_finite, build_model, init_state, make_step, params_of
+from vl2_jax.training.step import (
+    Metrics,
+    TrainState,
+    all_finite,
+    build_model,
+    init_state,
+    make_step,
+    model_params,
+    params_of,
+)
+from vl2_jax.weights import kinds_of
 
 _SECONDS_OF_GROUP = 2.0  # in which a signal to a group of processes reaches all of them
 
@@ -71,8 +82,15 @@ class Run:
     stopped_by: int = 0
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether matrices are kept in fewer bits, beside which adapters stay."""
+        return any(isinstance(leaf, Narrow) for leaf in self.state.kept.values())
+
+    @property
     def params(self) -> Params:
-        """Of the trained model, adapters merged."""
+        """Of the trained model: adapters merged, or beside quantised matrices."""
+        if self.is_quantised:
+            return model_params(self.recipe, self.state.trained, self.state.kept)
         return unflatten(params_of(self.recipe, self.state))
 
 
@@ -315,6 +333,16 @@ def described_model(recipe: Recipe) -> tuple[Path, VL2Config]:
     return find_model(described.tokenizer), VL2Config.preset(described.preset or "")
 
 
+def kinds_of_base(recipe: Recipe, directory: Path, config: VL2Config) -> tuple[str | None, str | None]:
+    """The kind of weights that the model in `directory`, which a run begins with, holds, and the kind that is trained
+    beside; `None` is of floats.
+
+    Raises:
+      CheckpointError: see `weights.kinds_of`.
+    """
+    return (None, None) if recipe.model.path is None else kinds_of(directory, plan(config), recipe.model.weights)
+
+
 def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
     """The model, its processor and its state before the first update.
 
@@ -330,16 +358,23 @@ def _begin(recipe: Recipe, mesh: str | Mesh | None, report: Report) -> Run:
     layout = layout_of(mesh, config, recipe.holds_states)
     adapters = None
     if described.path is not None:
+        if (kind := kinds_of_base(recipe, small_files, config)[1]) and not recipe.lora.rank:
+            raise ConfigError(
+                f"the weights of {small_files} are {kind}, which gradients cannot change; train adapters (lora.rank), "
+                "or give the model in bfloat16 or float32 that they are of."
+            )
         if recipe.lora.rank and described.adapters is not None:
             names = names_of(described.path, small_files, config)
             adapters = read_adapters(described.adapters, plan(config), names)
+        weights: Any = described.weights  # which the recipe has checked
         vl2 = load(
             described.path,
             dtype=described.param_dtype,
-            weights="arrays",
+            weights=weights,
             mesh=getattr(layout, "mesh", None),
             adapters=None if recipe.lora.rank else described.adapters,
             merge=True,
+            arrays=True,
             report=report,
         )
         processor, params = vl2.processor, vl2.params

@@ -45,6 +45,8 @@ class ModelRecipe:
       adapters: directory of adapters in PEFT's layout, made for the model of `path`, to go on from; where `lora.rank`
         is 0, they are merged first.
       dtype: of computation; param_dtype: of the weights that are trained.
+      weights: "int8" or "int4" keeps the decoder's matrices in so many bits, beside adapters (`convert.quantise`);
+        `None` is what the model of `path` holds.
       seed: of random weights.
       remat: compute layers again for gradients instead of keeping what is inside of them.
       scan: compile alike layers once, as a loop.
@@ -56,6 +58,7 @@ class ModelRecipe:
     adapters: str | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
+    weights: str | None = None
     seed: int = 0
     remat: bool = False
     scan: bool = False
@@ -64,6 +67,10 @@ class ModelRecipe:
         _check("model", self, seed=_SEED)
         if self.adapters is not None and self.path is None:
             raise ConfigError("model.adapters needs model.path, the model that they were made for.")
+        if self.weights not in (None, "int8", "int4"):
+            raise ConfigError(f"model.weights is {shown(self.weights)}; expected int8 or int4.")
+        if self.weights is not None and self.path is None:
+            raise ConfigError("model.weights needs model.path, a model that has learned something to round.")
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.loop.keep_best and not self.evaluation.sources:
             raise ConfigError("loop.keep_best needs evaluation.sources, by whose loss the best is known.")
+        if self.model.weights is not None and not self.lora.rank:
+            raise ConfigError(
+                f"model.weights is {shown(self.model.weights)}, which gradients cannot change; train adapters "
+                "(lora.rank), or all weights as floats, without model.weights."
+            )
 
     @property
     def holds_states(self) -> bool:

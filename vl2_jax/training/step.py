@@ -28,6 +28,7 @@ from vl2_jax.errors import ConfigError
 from vl2_jax.inference.prefill import matmul_precision
 from vl2_jax.model.layers import ADAPTERS, Layout
 from vl2_jax.model.vl2 import Params, VL2Model
+from vl2_jax.ops.narrow.kinds import Narrow
 from vl2_jax.processing.batch import IGNORED
 from vl2_jax.processing.tiling import FIRST_TOKEN_ROW
 from vl2_jax.training.lora import (
@@ -88,7 +89,7 @@ def init_state(recipe: Recipe, params: Params, adapters: Adapters | None = None)
     """
     flat = flatten(params)
     if adapters is not None:
-        if lost := adapters.whole.keys() - set(whole_paths(recipe, flat)):
+        if lost := adapters.whole.keys() - _whole(recipe, flat).keys():
             raise ConfigError(f"model.adapters has {min(lost)!r} and others whole, which lora.whole leaves out.")
         flat = merge(flat, Adapters({}, {}, adapters.whole))
     trained, kept = _parts(recipe, flat)
@@ -128,13 +129,28 @@ def _parts(recipe: Recipe, params: Mapping[str, Any]) -> tuple[dict[str, Any], d
     """What is trained, and what is kept; adapters are described only."""
     check_patterns(params, recipe.optimizer.frozen)
     if recipe.lora.rank:
-        whole = {path: params[path] for path in whole_paths(recipe, params)}
+        whole = _whole(recipe, params)
         kept = {path: leaf for path, leaf in params.items() if path not in whole}
         return {**abstract_adapters(recipe, params), **whole}, kept
     trained = {path: leaf for path, leaf in params.items() if is_trained(path, recipe.optimizer.frozen)}
     if not trained:
         raise ConfigError(f"optimizer.frozen is {list(recipe.optimizer.frozen)}, which leaves nothing to train.")
     return trained, {path: leaf for path, leaf in params.items() if path not in trained}
+
+
+def _whole(recipe: Recipe, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What is trained itself beside adapters.
+
+    Raises:
+      ConfigError: see `lora.whole_paths`; or it is quantised.
+    """
+    whole = {path: params[path] for path in whole_paths(recipe, params)}
+    if quantised := [path for path, leaf in whole.items() if isinstance(leaf, Narrow)]:
+        raise ConfigError(
+            f"lora.whole has {quantised[0]!r}, which is quantised and cannot be trained itself; give it an adapter "
+            "(lora.targets), or the model in floats."
+        )
+    return whole
 
 
 def model_params(recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str, Array]) -> Params:
@@ -144,7 +160,7 @@ def model_params(recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str
 
 
 def params_of(recipe: Recipe, state: TrainState) -> dict[str, Array]:
-    """The flat parameters of the trained model, adapters merged."""
+    """The flat parameters of the trained model, adapters merged; not of one with quantised matrices."""
     if recipe.lora.rank:
         learned = adapters_of(recipe.lora, state.trained)
         return merge({**state.kept, **learned.whole}, Adapters(learned.pairs, learned.scales))

@@ -38,9 +38,10 @@ def expert_ffn(
             return out
         return out + grouped_matmul(grouped_matmul(rows, factors[0], sizes), factors[1], sizes)
 
-    rows = x[order // k]
+    # Products of rows of no expert that is here hold anything, and so do their gradients: neither leaves this function.
+    is_here = (ids[order] < experts)[:, None]
+    rows = jnp.where(is_here, x[order // k], 0)
     hidden = jax.nn.silu(project(rows, gate, adapters[0])) * project(rows, up, adapters[1])
-    weighted = project(hidden, down, adapters[2]).astype(jnp.float32) * combine_weights.ravel()[order][:, None]
-    is_here = (ids[order] < experts)[:, None]  # rows of no expert that is here hold anything
-    total = jnp.zeros(x.shape, jnp.float32).at[order // k].add(jnp.where(is_here, weighted, 0))
-    return total.astype(x.dtype)
+    results = jnp.where(is_here, project(hidden, down, adapters[2]), 0).astype(jnp.float32)
+    weighted = results * combine_weights.ravel()[order][:, None]
+    return jnp.zeros(x.shape, jnp.float32).at[order // k].add(weighted).astype(x.dtype)

@@ -32,7 +32,7 @@ def expert_ffn(
     """`sum_j weight[n, j] * down(silu(gate(x[n])) * up(x[n]))` over the experts `expert_ids[n, j]`.
 
     No row is dropped for any routing. The experts compute in the dtype of `x`; their outputs are weighted and summed
-    in float32 and rounded once (SPEC 5.6). Differentiable in everything but `expert_ids`.
+    in float32 and rounded once (SPEC 5.6). Differentiable in everything but `expert_ids` and narrow projections.
 
     Args:
       x: rows to transform.
@@ -57,7 +57,7 @@ def expert_ffn(
     if implementation == "reference":
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
     if isinstance(gate, Narrow):
-        return xla.expert_ffn(x, gate, up, down, expert_ids, combine_weights, spread_over=spread_over)
+        return _of_narrow(x, gate, up, down, expert_ids, combine_weights, spread_over)
     if implementation is None and not _kernel_supports(x, gate):
         implementation = "xla"
     return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over or gate.shape[0])
@@ -79,6 +79,37 @@ def _backward(implementation, spread_over, arguments, dout):
     kernel = partial(_kernel_backward, spread_over=spread_over)
     gradients = choose(implementation, kernel, plain)(*arguments, dout)
     return (*gradients[:4], None, gradients[4])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _of_narrow(x, gate, up, down, expert_ids, combine_weights, spread_over):
+    return xla.expert_ffn(x, gate, up, down, expert_ids, combine_weights, spread_over=spread_over)
+
+
+def _forward_of_narrow(*arguments):
+    def grouped(*given):
+        return _of_narrow_by_groups(*given)[0]
+
+    plain = partial(xla.expert_ffn, spread_over=arguments[6])
+    return choose(None, grouped, plain)(*arguments[:6]), arguments[:6]
+
+
+def _backward_of_narrow(_, arguments, dout):
+    """Hidden rows are computed again, not kept, and matrices widened again."""
+    dx, dweights = _of_narrow_by_groups(*jax.lax.optimization_barrier(arguments))[1](dout)
+    return dx, None, None, None, None, dweights
+
+
+def _of_narrow_by_groups(x, gate, up, down, expert_ids, combine_weights):
+    """The result, and what makes gradients of rows and weights of its gradient."""
+
+    def without_adapters(x, combine_weights):
+        return adapted.expert_ffn(x, gate, up, down, expert_ids, combine_weights, (None, None, None))
+
+    return jax.vjp(without_adapters, x, combine_weights)
+
+
+_of_narrow.defvjp(_forward_of_narrow, _backward_of_narrow)
 
 
 # Pallas takes a third of a second to import, so it is imported where a kernel may be used.

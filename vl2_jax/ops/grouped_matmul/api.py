@@ -26,7 +26,8 @@ def grouped_matmul(
 ) -> Float[Array, "N M"]:
     """`lhs[n] @ rhs[g]` for the group `g` of each row, as `jax.lax.ragged_dot`, whose cost it does not have.
 
-    Differentiable in `lhs` and `rhs`. Products accumulate in float32 and are rounded to the dtype of `lhs`.
+    Differentiable in `lhs`, and in `rhs` if it is an array. Products accumulate in float32 and are rounded to the dtype
+    of `lhs`.
 
     Args:
       lhs: rows, those of group 0 first.
@@ -36,7 +37,7 @@ def grouped_matmul(
       implementation: `None` is the kernel where the program is compiled for a TPU and the kernel takes it, else "xla".
     """
     if isinstance(rhs, Narrow):
-        return xla.grouped_matmul(lhs, rhs, group_sizes)
+        return _of_narrow(lhs, rhs, group_sizes)
     return _grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, implementation)
 
 
@@ -83,6 +84,36 @@ def _backward(transpose_rhs, implementation, saved, dout):
 
 
 _grouped_matmul.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def _of_narrow(lhs, rhs, group_sizes):
+    return xla.grouped_matmul(lhs, rhs, group_sizes)
+
+
+def _forward_of_narrow(lhs, rhs, group_sizes):
+    return _of_many_rows(lhs, rhs, group_sizes, False), (rhs, group_sizes)
+
+
+def _backward_of_narrow(saved, dout):
+    rhs, group_sizes = saved
+    return _of_many_rows(dout, rhs, group_sizes, True), None, None
+
+
+def _of_many_rows(lhs, rhs, group_sizes, transpose_rhs):
+    """In training, where all matrices have rows: on a TPU all of them are widened, for the kernel."""
+
+    def kernel(lhs, rhs, group_sizes):
+        # When their rows are there, and again for gradients: XLA would widen those of other layers too, and keep them.
+        lhs, rhs = jax.lax.optimization_barrier((lhs, rhs))
+        return _kernel(lhs, rhs.widened(lhs.dtype), group_sizes, transpose_rhs=transpose_rhs)
+
+    plain = xla.grouped_matmul_with_transposes if transpose_rhs else xla.grouped_matmul
+    supported = _kernels_support(lhs, *rhs.shape[1:])
+    return choose(None if supported else "xla", kernel, plain)(lhs, rhs, group_sizes)
+
+
+_of_narrow.defvjp(_forward_of_narrow, _backward_of_narrow)
 
 
 # Pallas takes a third of a second to import, so it is imported where a kernel may be used.

@@ -10,13 +10,15 @@ not a shape: nothing recompiles and nothing is dropped, however the rows fall.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.narrow.product import product
+from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import product, transposed_product
 
 _LARGEST_BLOCK = 512
 
@@ -55,6 +57,19 @@ def block_rows(rows: int, groups: int) -> int:
 def grouped_matmul(
     lhs: Float[Array, "N K"], rhs: Float[Array, "G K M"], group_sizes: Int[Array, " G"]
 ) -> Float[Array, "N M"]:
+    return _by_blocks(lhs, rhs, group_sizes, product, rhs.shape[2])
+
+
+def grouped_matmul_with_transposes(
+    lhs: Float[Array, "N M"], rhs: Narrow, group_sizes: Int[Array, " G"]
+) -> Float[Array, "N K"]:
+    """`lhs[n] @ rhs[g].T` of matrices `[G, K, M]`, of which no more than one is widened at a time."""
+    return _by_blocks(lhs, rhs, group_sizes, transposed_product, rhs.shape[1])
+
+
+def _by_blocks(
+    lhs: Array, rhs: Any, group_sizes: Int[Array, " G"], multiply: Callable[..., Array], width: int
+) -> Float[Array, "N {width}"]:
     rows, groups = lhs.shape[0], rhs.shape[0]
     block = block_rows(rows, groups)
     blocks = cut_into_blocks(group_sizes, rows, block)
@@ -62,12 +77,12 @@ def grouped_matmul(
 
     def body(number, out):
         start = blocks.start[number]
-        result = product(jax.lax.dynamic_slice_in_dim(padded, start, block), rhs, blocks.group[number])
+        result = multiply(jax.lax.dynamic_slice_in_dim(padded, start, block), rhs, blocks.group[number])
         valid = start + jnp.arange(block) < blocks.stop[number]
         old = jax.lax.dynamic_slice_in_dim(out, start, block)
         return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(valid[:, None], result, old), start, 0)
 
-    out = jnp.zeros((rows + block, rhs.shape[2]), lhs.dtype)
+    out = jnp.zeros((rows + block, width), lhs.dtype)
     return jax.lax.fori_loop(0, blocks.existing, body, out)[:rows]
 
 

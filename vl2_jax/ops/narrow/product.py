@@ -2,6 +2,7 @@
 
     one row       sums of few stored rows at a time: a stored row is read once, widened in registers, and never written
     more rows     blocks of columns widened to float32, as large as stays near, and multiplied as any array
+    gradients     of the rows, with the matrix widened again: nothing wide is kept, and a narrow matrix has no gradient
 
 What they take is in `docs/quantisation.md`. N rows, D and F widths of the matrix, E experts.
 """
@@ -9,6 +10,7 @@ What they take is in `docs/quantisation.md`. N rows, D and F widths of the matri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +31,14 @@ def product(
     """`x @ kernel`, or `x @ kernel[expert]`, in the dtype of `x`; what is narrow adds up in float32."""
     if not isinstance(kernel, Narrow):
         return x @ (kernel if expert is None else kernel[expert])
-    return lax.platform_dependent(x, kernel, expert, cpu=_on_cpu, default=_whole)
+    return _product(x, kernel, expert)
+
+
+def transposed_product(
+    y: Float[Array, "N F"], kernel: Narrow, expert: Int[Array, ""] | None = None
+) -> Float[Array, "N D"]:
+    """`y @ kernel.T`, or `y @ kernel[expert].T`: the gradient of `product` in `x`, from that of its result."""
+    return lax.platform_dependent(y, kernel, expert, cpu=_transposed_on_cpu, default=_whole_transposed)
 
 
 def in_dtype(kernel: Any, dtype: Any) -> Any:
@@ -47,8 +56,30 @@ def rows_of(table: Any, ids: Int[Array, ...]) -> Float[Array, "... F"]:
     return table.taken(ids) if isinstance(table, Bits) else jnp.take(table, ids, axis=0)
 
 
+@jax.custom_vjp
+def _product(x: Array, kernel: Narrow, expert: Array | None) -> Array:
+    return lax.platform_dependent(x, kernel, expert, cpu=_on_cpu, default=_whole)
+
+
+def _forward(x: Array, kernel: Narrow, expert: Array | None) -> tuple[Array, Any]:
+    return _product(x, kernel, expert), (kernel, expert)
+
+
+def _backward(saved: tuple[Narrow, Array | None], dout: Array) -> tuple[Array, None, None]:
+    return transposed_product(dout, *saved), None, None
+
+
+_product.defvjp(_forward, _backward)
+
+
 def _whole(x: Array, kernel: Narrow, expert: Array | None) -> Array:
     return x @ kernel.at(expert).widened(x.dtype)
+
+
+def _whole_transposed(y: Array, kernel: Narrow, expert: Array | None) -> Array:
+    # Else XLA finds that the forward pass has widened the same matrix, and keeps that one until it is needed here.
+    y, narrow = lax.optimization_barrier((y, kernel.at(expert)))
+    return y @ narrow.widened(y.dtype).T
 
 
 def _on_cpu(x: Array, kernel: Narrow, expert: Array | None) -> Array:
@@ -83,17 +114,7 @@ def _one_row(x: Float[Array, "1 D"], kernel: Narrow, expert: Array) -> Float[Arr
 
 
 def _rows(x: Float[Array, "N D"], kernel: Narrow, expert: Array) -> Float[Array, "N F"]:
-    depth, width = kernel.shape[-2:]
-    most = max(1, _BLOCK // depth)
-    block = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
-
-    def columns(begin: Array | int) -> Float[Array, "D {block}"]:
-        def take(part: Array) -> Array:
-            stacked = part.reshape(-1, *part.shape[-2:])
-            return lax.dynamic_slice(stacked, (expert, 0, begin), (1, stacked.shape[1], block))[0]
-
-        return jax.tree.map(take, kernel).widened(jnp.float32)
-
+    width, (block, columns) = kernel.shape[-1], _blocks_of(kernel, expert)
     if block == width:
         return x @ columns(0)
 
@@ -104,3 +125,34 @@ def _rows(x: Float[Array, "N D"], kernel: Narrow, expert: Array) -> Float[Array,
     # Every column is overwritten. Zeros wait for nothing, so XLA would make those of all layers at once: 0.8 GB a tile.
     room = jnp.broadcast_to(x[:, :1], (x.shape[0], width))
     return lax.fori_loop(0, width // block, trip, room)
+
+
+def _transposed_on_cpu(y: Float[Array, "N F"], kernel: Narrow, expert: Array | None) -> Float[Array, "N D"]:
+    block, columns = _blocks_of(kernel, jnp.int32(0) if expert is None else expert)
+    (depth, width), wide = kernel.shape[-2:], y.astype(jnp.float32)
+    if block == width:
+        return (wide @ columns(0).T).astype(y.dtype)
+
+    def trip(number: Array, total: Array) -> Array:
+        begin = number * block
+        part = lax.dynamic_slice_in_dim(wide, begin, block, axis=1) @ columns(begin).T
+        return jnp.where(number == 0, part, total + part)
+
+    room = jnp.broadcast_to(wide[:, :1], (y.shape[0], depth))  # as in `_rows`
+    return lax.fori_loop(0, width // block, trip, room).astype(y.dtype)
+
+
+def _blocks_of(kernel: Narrow, expert: Array) -> tuple[int, Callable[[Array | int], Float[Array, "D block"]]]:
+    """How many columns a block has, and the block that begins at one, widened."""
+    depth, width = kernel.shape[-2:]
+    most = max(1, _BLOCK // depth)
+    block = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
+
+    def columns(begin: Array | int) -> Array:
+        def take(part: Array) -> Array:
+            stacked = part.reshape(-1, *part.shape[-2:])
+            return lax.dynamic_slice(stacked, (expert, 0, begin), (1, stacked.shape[1], block))[0]
+
+        return jax.tree.map(take, kernel).widened(jnp.float32)
+
+    return block, columns
