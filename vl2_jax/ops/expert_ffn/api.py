@@ -15,13 +15,14 @@ from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.expert_ffn import adapted, reference, xla
 from vl2_jax.ops.expert_ffn.adapted import ExpertAdapters
 from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import widened
 
 
 def expert_ffn(
     x: Float[Array, "N D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Narrow,
+    up: Float[Array, "E D F"] | Narrow,
+    down: Float[Array, "E F D"] | Narrow,
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
@@ -32,11 +33,12 @@ def expert_ffn(
     """`sum_j weight[n, j] * down(silu(gate(x[n])) * up(x[n]))` over the experts `expert_ids[n, j]`.
 
     No row is dropped for any routing. The experts compute in the dtype of `x`; their outputs are weighted and summed
-    in float32 and rounded once (SPEC 5.6). Differentiable in everything but `expert_ids`.
+    in float32 and rounded once (SPEC 5.6). Differentiable in everything but `expert_ids` and narrow projections, which
+    are widened for the gradients of the others.
 
     Args:
       x: rows to transform.
-      gate: gate projections.
+      gate: gate projections, arrays or narrow.
       up: up projections.
       down: down projections.
       expert_ids: the experts of each row, all different within a row; `E` is an expert that is not here and gives
@@ -56,9 +58,7 @@ def expert_ffn(
         return adapted.expert_ffn(x, gate, up, down, expert_ids, combine_weights, adapters)
     if implementation == "reference":
         return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
-    if isinstance(gate, Narrow):
-        return xla.expert_ffn(x, gate, up, down, expert_ids, combine_weights, spread_over=spread_over)
-    if implementation is None and not _kernel_supports(x, gate):
+    if implementation is None and not _kernel_supports(x, gate, up, down):
         implementation = "xla"
     return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over or gate.shape[0])
 
@@ -77,19 +77,24 @@ def _forward(x, gate, up, down, expert_ids, combine_weights, implementation, spr
 def _backward(implementation, spread_over, arguments, dout):
     plain = partial(xla.backward, spread_over=spread_over)
     kernel = partial(_kernel_backward, spread_over=spread_over)
-    gradients = choose(implementation, kernel, plain)(*arguments, dout)
-    return (*gradients[:4], None, gradients[4])
+    x, *weights, expert_ids, combine_weights = arguments
+    wide = [widened(kernel, x.dtype) for kernel in weights]
+    if implementation is None and not _kernel_supports(x, *wide):
+        implementation = "xla"
+    dx, *dweights, dcombine = choose(implementation, kernel, plain)(x, *wide, expert_ids, combine_weights, dout)
+    of_weights = [None if isinstance(kernel, Narrow) else d for kernel, d in zip(weights, dweights, strict=True)]
+    return dx, *of_weights, None, dcombine
 
 
 # Pallas takes a third of a second to import, so it is imported where a kernel may be used.
 
 
-def _kernel_supports(x, gate):
+def _kernel_supports(x, gate, up, down):
     if x.dtype != jnp.bfloat16:
         return False
     from vl2_jax.ops.expert_ffn import pallas_tpu
 
-    return pallas_tpu.supports(x, gate)
+    return pallas_tpu.supports(x, gate, up, down)
 
 
 def _kernel(*arguments, spread_over):
