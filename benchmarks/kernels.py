@@ -3,6 +3,7 @@
     make tpu                                                     # once: an environment with the compiler
     .venv-tpu/bin/python benchmarks/kernels.py [--targets v5e v6e] [--sizes small] [--tokens 64 4096]
     .venv-tpu/bin/python benchmarks/kernels.py --kernels latent_attention multi_head_attention --tokens 8 32
+    .venv-tpu/bin/python benchmarks/kernels.py --weights int8 int4 --sizes small --tokens 8 4096     # of experts alone
 
     VMEM       vector memory the kernel asks for, by construction
     HBM        bytes it moves if every expert is hit and every cache of 4096 rows full, by construction; decode
@@ -48,6 +49,7 @@ from vl2_jax.ops.chips import CHIPS, Chip
 from vl2_jax.ops.expert_ffn.api import expert_ffn
 from vl2_jax.ops.expert_ffn.backward import backward
 from vl2_jax.ops.expert_ffn.backward_rows import BackwardScratch
+from vl2_jax.ops.expert_ffn.stored import stored_as
 from vl2_jax.ops.expert_ffn.tiling import Scratch, choose_tiling
 from vl2_jax.ops.grouped_matmul import pallas_tpu as grouped
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul, grouped_transposed_matmul
@@ -68,13 +70,15 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 64, 256, 512, 4096])
     parser.add_argument("--kernels", nargs="+", help="only those whose names begin so", default=[""])
+    parser.add_argument("--weights", nargs="+", choices=("int8", "int4"), help="experts whose weights are quantised")
     options = parser.parse_args()
     columns = "tokens  calls  VMEM MB   HBM MB  hot loop  MXU needs  spills  compile s"
     print(f"{'kernel':25} {'chip':6} {'size':6} {columns}")
     for target in options.targets:
         for size in options.sizes:
             for tokens in options.tokens:
-                for name, function, shapes, facts in cases(target, size, tokens):
+                narrow = [experts(target, size, tokens, kind) for kind in options.weights or ()]
+                for name, function, shapes, facts in narrow or cases(target, size, tokens):
                     if not name.startswith(tuple(options.kernels)):
                         continue
                     begun = time.perf_counter()
@@ -91,25 +95,14 @@ def main() -> None:
 
 def cases(target: str, size: str, tokens: int):
     """(name, function, argument shapes, (calls, VMEM bytes, HBM bytes))."""
-    width, hidden, experts = SIZES[size]
-    weights = 3 * experts * width * hidden * 2
-    chip = CHIPS[one_chip(target).devices.flat[0].device_kind]
-    tiling = choose_tiling(chip, tokens, width, hidden, experts, TOP_K)
-    assert tiling is not None
-    calls = -(-tokens // tiling.chunk)
-    hit = min(experts, tokens * TOP_K) * calls
-    moved = weights // experts * hit + 2 * tokens * width * 2 + 8 * tokens * TOP_K
-    yield (
-        "expert_ffn",
-        expert_ffn,
-        expert_shapes(size, tokens),
-        (calls, Scratch(tiling, width, hidden).bytes, moved),
-    )
+    yield experts(target, size, tokens)
+    (width, hidden, count), chip = SIZES[size], chip_of(target)
+    weights = 3 * count * width * hidden * 2
     if tokens <= 64:
         yield decode_attention(chip, size, tokens)
     if tokens < 256:
         return  # gradients are of many tokens
-    tiling = choose_tiling(chip, tokens, width, hidden, experts, TOP_K, BackwardScratch)
+    tiling = choose_tiling(chip, tokens, width, hidden, count, TOP_K, BackwardScratch)
     assert tiling is not None
     calls, rows = -(-tokens // tiling.chunk), tokens * TOP_K
     moved = weights * (calls + 1) + 2 * rows * 2 * (2 * width + 3 * hidden) + 3 * tokens * width * 2
@@ -117,15 +110,34 @@ def cases(target: str, size: str, tokens: int):
     facts = (calls + 1, BackwardScratch(tiling, width, hidden).bytes, moved)
     yield "backward", backward, [*shapes, shapes[0]], facts
     shape = jax.ShapeDtypeStruct
-    sizes, lhs = shape((experts,), jnp.int32), shape((rows, width), jnp.bfloat16)
-    plan = grouped.blocks_of_product(rows, experts, width, hidden)
-    moved = 2 * (hidden // plan.columns * rows * width + experts * width * hidden + rows * hidden)
-    rhs = shape((experts, width, hidden), jnp.bfloat16)
+    sizes, lhs = shape((count,), jnp.int32), shape((rows, width), jnp.bfloat16)
+    plan = grouped.blocks_of_product(rows, count, width, hidden)
+    moved = 2 * (hidden // plan.columns * rows * width + count * width * hidden + rows * hidden)
+    rhs = shape((count, width, hidden), jnp.bfloat16)
     yield "grouped_matmul", grouped_matmul, [lhs, rhs, sizes], (1, plan.vmem, moved)
-    plan = grouped.blocks_of_transposed(rows, experts, width, hidden)
-    moved = 2 * (hidden // plan.columns * rows * width + width // plan.depth * rows * hidden + experts * width * hidden)
+    plan = grouped.blocks_of_transposed(rows, count, width, hidden)
+    moved = 2 * (hidden // plan.columns * rows * width + width // plan.depth * rows * hidden + count * width * hidden)
     other = shape((rows, hidden), jnp.bfloat16)
     yield "grouped_transposed_matmul", grouped_transposed_matmul, [lhs, other, sizes], (1, plan.vmem, moved)
+
+
+def experts(target: str, size: str, tokens: int, kind: str | None = None):
+    """A case of one layer's experts, quantised ones if `kind` is one."""
+    (width, hidden, count), shapes = SIZES[size], expert_shapes(size, tokens, kind)
+    stored = stored_as(shapes[1:4])
+    assert stored is not None
+    scratch = partial(Scratch, stored=stored)
+    tiling = choose_tiling(chip_of(target), tokens, width, hidden, count, TOP_K, scratch)
+    assert tiling is not None
+    calls = -(-tokens // tiling.chunk)
+    weights = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(shapes[1:4]))
+    moved = weights // count * min(count, tokens * TOP_K) * calls + 2 * tokens * width * 2 + 8 * tokens * TOP_K
+    name = f"expert_ffn {kind}" if kind else "expert_ffn"
+    return name, expert_ffn, shapes, (calls, scratch(tiling, width, hidden).bytes, moved)
+
+
+def chip_of(target: str) -> Chip:
+    return CHIPS[one_chip(target).devices.flat[0].device_kind]
 
 
 def decode_attention(chip: Chip, size: str, batch: int):

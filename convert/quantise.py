@@ -142,9 +142,8 @@ def quantised(array: Float[Array, "... D F"], kind: str) -> Narrow:
         scales, values = _rounded(array)
         return Int8(values.astype(jnp.int8), scales)
     scales, values = _fitted(array.reshape(depth // group, group, width))
-    low, high = jnp.split(values.astype(jnp.int32) + 8, 2, axis=-2)
-    nibbles = (low | high << 4).astype(jnp.uint8)
-    return Int4(nibbles.reshape(depth // 2, width), scales[:, 0])
+    pairs = values.reshape(depth // 2, 2, width).astype(jnp.int32) + 8
+    return Int4((pairs[:, 0] | pairs[:, 1] << 4).astype(jnp.uint8), scales)
 
 
 def _rounded(array: Float[Array, "D F"]) -> tuple[Float[Array, "1 F"], Float[Array, "D F"]]:

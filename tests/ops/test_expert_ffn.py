@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
+from convert.quantise import quantised
 from tests.ops.interpreted import interpreted
 from vl2_jax.ops.chips import CHIPS
 from vl2_jax.ops.expert_ffn import adapted, backward, backward_weights, pallas_tpu
 from vl2_jax.ops.expert_ffn.api import expert_ffn
+from vl2_jax.ops.expert_ffn.stored import FLOATS, INT4, INT8
 from vl2_jax.ops.expert_ffn.tiling import Scratch, Tiling, choose_tiling
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul
+from vl2_jax.ops.narrow.product import widened
 
 
 def problem(seed, tokens, experts, k, width=12, hidden=8):
@@ -107,19 +110,31 @@ def rounded(problem):
 
 
 def wide_reference(x, gate, up, down, ids, weights):
-    return reference(*(a.astype(jnp.float32) for a in (x, gate, up, down)), ids, weights)
+    return reference(x.astype(jnp.float32), *(widened(a, jnp.float32) for a in (gate, up, down)), ids, weights)
+
+
+def kept_as(kind, arguments):
+    """The same problem with the experts' matrices in so few bits."""
+    x, *matrices, ids, weights = arguments
+    return x, *(matrix if kind == "bfloat16" else quantised(matrix, kind) for matrix in matrices), ids, weights
+
+
+def close_to_the_reference(ours, arguments):
+    expected = np.asarray(wide_reference(*arguments))
+    assert np.abs(np.asarray(ours, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
 
 
 @pytest.mark.slow
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=9, deadline=None)
 @given(
     st.integers(0, 1000),
     st.sampled_from([1, 13, 70]),
     st.sampled_from([(256, 128), (512, 256), (768, 128)]),
     st.sampled_from(["any", "one expert takes all", "few experts"]),
+    st.sampled_from(["bfloat16", "int8", "int4", "int4 in scaled rows"]),
     st.data(),
 )
-def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, routing, data):
+def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, routing, kind, data):
     k = data.draw(st.integers(1, 8))
     experts = data.draw(st.sampled_from([k, 16]))
     x, gate, up, down, ids, weights = rounded(problem(seed, tokens, experts, k, *widths))
@@ -127,9 +142,9 @@ def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, r
         ids = (ids[:, :1] * 0 + jnp.arange(k)) % experts
     elif routing == "few experts":
         ids = jnp.broadcast_to(ids[:1], ids.shape)
-    ours = interpreted(pallas_tpu.expert_ffn, x, gate, up, down, ids, weights, tiling=SMALL_TILING)
-    expected = np.asarray(wide_reference(x, gate, up, down, ids, weights))
-    assert np.abs(np.asarray(ours, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
+    arguments = kept_as(kind.split()[0], (x, gate, up, down, ids, weights))
+    tiling = replace(SMALL_TILING, scale_rows="rows" in kind)
+    close_to_the_reference(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling), arguments)
 
 
 @pytest.mark.parametrize(
@@ -140,17 +155,15 @@ def test_tall_tiles_equal_the_reference(name, tokens):
     arguments = rounded(problem(7, tokens, 2, 1, 256, 128))
     tiling = choose_tiling(CHIPS[name], tokens, 256, 128, 2, 1)
     assert tiling.heights[0] >= 96
-    ours = np.asarray(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling), np.float32)
-    expected = np.asarray(wide_reference(*arguments))
-    assert np.abs(ours - expected).max() <= 1e-2 * np.abs(expected).max()
+    close_to_the_reference(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling), arguments)
 
 
-def test_experts_cut_into_parts_equal_the_reference():
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_experts_cut_into_parts_equal_the_reference(kind):
     """Halves of three tiles of columns overlap; 13 tokens, so that there is one call."""
-    arguments = rounded(problem(4, 13, 6, 3, 256, 384))
-    ours = np.asarray(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=replace(SMALL_TILING, parts=2)), np.float32)
-    expected = np.asarray(wide_reference(*arguments))
-    assert np.abs(ours - expected).max() <= 1e-2 * np.abs(expected).max()
+    arguments = kept_as(kind, rounded(problem(4, 13, 6, 3, 256, 384)))
+    tiling = replace(SMALL_TILING, parts=2)
+    close_to_the_reference(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling), arguments)
 
 
 def test_the_kernel_has_no_races(capfd):
@@ -167,6 +180,31 @@ ROUTINGS = {
     "some are not here": lambda ids: jnp.where(ids % 2 == 0, ids, 6),
     "none is here": lambda ids: jnp.full_like(ids, 6),
 }
+
+
+@pytest.mark.parametrize(("kind", "scale_rows"), [("int8", False), ("int4", False), ("int4", True)])
+def test_narrow_experts_equal_the_reference_of_what_they_stand_for_and_have_no_races(kind, scale_rows, capfd):
+    """Two groups of rows in every matrix, two calls of 48 and 16 tokens, tiles of both heights."""
+    x, gate, up, down, ids, weights = kept_as(kind, rounded(problem(5, 50, 6, 3, 256, 256)))
+    tiling = replace(SMALL_TILING, scale_rows=scale_rows)
+    for changed in ROUTINGS.values():
+        arguments = (x, gate, up, down, changed(ids).astype(ids.dtype), weights)
+        close_to_the_reference(
+            interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling, detect_races=True), arguments
+        )
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_gradients_beside_narrow_experts_are_those_beside_what_they_stand_for():
+    x, gate, up, down, ids, weights = kept_as("int4", problem(1, 37, 4, 3, 32, 16))
+
+    @jax.jit
+    def gradients(gate, up, down):
+        return jax.grad(lambda x, w: jnp.sum(jnp.sin(expert_ffn(x, gate, up, down, ids, w))), (0, 1))(x, weights)
+
+    ours, expected = gradients(gate, up, down), gradients(*(widened(a, jnp.float32) for a in (gate, up, down)))
+    for a, b in zip(ours, expected, strict=True):
+        assert np.abs(a - b).max() <= 1e-4 * np.abs(b).max()
 
 
 def gradient_tiling(width, hidden):
@@ -267,9 +305,9 @@ def test_the_kernel_leaves_out_experts_that_are_not_here(first):
     x, gate, up, down, ids, weights = rounded(problem(5, 50, 6, 3, 256, 128))
     ids = part_of(ids, first, 2)
     arguments = (x, *(a[:2] for a in (gate, up, down)), ids, weights)
-    out = interpreted(pallas_tpu.expert_ffn, *arguments, spread_over=6, tiling=SMALL_TILING)
-    expected = np.asarray(wide_reference(*arguments))
-    assert np.abs(np.asarray(out, np.float32) - expected).max() <= 1e-2 * np.abs(expected).max()
+    close_to_the_reference(
+        interpreted(pallas_tpu.expert_ffn, *arguments, spread_over=6, tiling=SMALL_TILING), arguments
+    )
 
 
 def test_the_kernel_ends_well_without_any_row_to_multiply():
@@ -284,9 +322,15 @@ def test_the_kernel_ends_well_without_any_row_to_multiply():
 @pytest.mark.parametrize("size", [(1280, 896, 64), (2048, 1408, 64), (2560, 1536, 72)])
 @pytest.mark.parametrize("name", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
 def test_every_chip_and_size_has_a_tiling_that_fits(name, size, tokens):
+    """And of narrower weights at least as many tokens fit beside two experts."""
     width, expert_width, experts = size
-    tiling = choose_tiling(CHIPS[name], tokens, width, expert_width, experts, 6)
-    assert tiling is not None
-    assert Scratch(tiling, width, expert_width).bytes < CHIPS[name].vmem
-    assert tiling.plan[-1][0] > 0
-    assert all(height % 16 == 0 for height in tiling.heights)
+    fewest = 0
+    for stored in (FLOATS, INT8, INT4):
+        scratch = partial(Scratch, stored=stored)
+        tiling = choose_tiling(CHIPS[name], tokens, width, expert_width, experts, 6, scratch)
+        assert tiling is not None
+        assert scratch(tiling, width, expert_width).bytes < CHIPS[name].vmem
+        assert tiling.plan[-1][0] > 0
+        assert all(height % 16 == 0 for height in tiling.heights)
+        assert tiling.chunk >= fewest
+        fewest = tiling.chunk

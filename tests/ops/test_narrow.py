@@ -92,9 +92,9 @@ def test_gradients_of_experts_of_int4_are_those_of_the_numbers_they_stand_for():
     random = np.random.default_rng(6)
     shapes = (experts, width, hidden), (experts, width, hidden), (experts, hidden, width)
     kernels = [quantised(random.standard_normal(shape, np.float32), "int4") for shape in shapes]
-    x, dout = (random.standard_normal((50, width), np.float32) / width for _ in range(2))
+    x, dout = (jnp.asarray(random.standard_normal((50, width), np.float32) / width) for _ in range(2))
     ids = jnp.asarray([random.permutation(experts + 1)[:k] for _ in range(50)])
-    weights = random.random((50, k), np.float32)
+    weights = jnp.asarray(random.random((50, k), np.float32))
     pairs = [
         tuple(jnp.asarray(0.1 * random.standard_normal(s, np.float32)) for s in ((experts, d, 2), (experts, 2, f)))
         for _, d, f in shapes

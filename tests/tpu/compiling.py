@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -15,12 +18,17 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.quantise import abstract_quantised
 from vl2_jax.ops.paging.pages import PAGE, HeadPages, LatentPages
 
 TARGETS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SIZES = {"tiny": (1280, 896, 64), "small": (2048, 1408, 64), "base": (2560, 1536, 72)}  # D, F, E
 TOP_K = 6
 LATENT_HEADS = {"small": 16, "base": 32}  # of latent attention, rank 512 and 64 rotated; Tiny has 10 of 128 numbers
+
+LARGE = 1e6  # bytes of a copy
+_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
+_COPY = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (?:copy|transpose)\(")
 
 
 @cache
@@ -42,15 +50,14 @@ def compile_for(target: str, function: Any, *shapes: Any, donated: tuple[int, ..
         return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
 
 
-def expert_shapes(size: str, tokens: int) -> list[jax.ShapeDtypeStruct]:
-    """x, gate, up, down, expert ids and weights of the routed experts of one layer."""
+def expert_shapes(size: str, tokens: int, kind: str | None = None) -> list[Any]:
+    """x, gate, up, down, expert ids and weights of the routed experts of one layer; `kind` is of quantised ones."""
     width, hidden, experts = SIZES[size]
     shape, bf16 = jax.ShapeDtypeStruct, jax.numpy.bfloat16
+    matrices = [(experts, width, hidden), (experts, width, hidden), (experts, hidden, width)]
     return [
         shape((tokens, width), bf16),
-        shape((experts, width, hidden), bf16),
-        shape((experts, width, hidden), bf16),
-        shape((experts, hidden, width), bf16),
+        *(shape(matrix, bf16) if kind is None else abstract_quantised("", matrix, kind) for matrix in matrices),
         shape((tokens, TOP_K), jax.numpy.int32),
         shape((tokens, TOP_K), jax.numpy.float32),
     ]
@@ -77,3 +84,16 @@ def multi_head_shapes(batch: int, context: int, length: int = 1, paged: bool = F
 def _placement(batch: int, per: int, paged: bool) -> list[Any]:
     shape, int32 = jax.ShapeDtypeStruct, jax.numpy.int32
     return [shape((batch, per), int32) if paged else None, shape((batch,), int32)]
+
+
+def copies(text: str) -> Iterator[tuple[str, int, bool]]:
+    """(name, bytes, whether in the body of a loop) of every copy outside of a fusion, whose parts are in registers."""
+    computation = ""
+    for line in text.splitlines():
+        if line and not line.startswith(" "):
+            computation = line.split(" ")[0]
+        found = _COPY.match(line)
+        if found and "fused" not in computation:
+            name, dtype, shape = found.groups()
+            size = math.prod(int(n) for n in shape.split(",") if n) * _BYTES[dtype]
+            yield name, size, "region" in computation

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.quantise import put_together
 from convert.weight_map import unflatten
 from tests.tpu.compiling import (
+    LARGE,
     LATENT_HEADS,
     SIZES,
     TARGETS,
     compile_for,
+    copies,
     devices_of,
     expert_shapes,
     latent_shapes,
@@ -45,6 +48,32 @@ KERNEL = 'custom_call_target="tpu_custom_call"'
 def test_routed_experts_compile(target, size, tokens):
     compiled = compile_for(target, expert_ffn, *expert_shapes(size, tokens))
     assert "tpu_custom_call" in compiled.as_text()
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("int8", 4096), ("int4", 64)])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_narrow_experts_compile_and_lie_as_the_kernel_reads_them(target, size, kind, tokens):
+    text = compile_for(target, expert_ffn, *expert_shapes(size, tokens, kind)).as_text()
+    assert KERNEL in text
+    x = 2 * tokens * SIZES[size][0]
+    assert not [copy for copy in copies(text) if copy[1] > max(x, LARGE)]
+
+
+def test_narrow_experts_spread_over_a_mesh_are_multiplied_by_the_kernel():
+    config = VL2Config.preset("vl2-small")
+    config = config.replace(language_config=config.language_config.replace(num_hidden_layers=2))
+    layout = MeshLayout(Mesh(np.asarray(devices_of("v5e")).reshape(1, 1, 4, 1), AXES))
+    model = VL2Model(config, jax.numpy.bfloat16, jax.numpy.bfloat16, layout=layout)
+    flat = abstract_sharded_params(config, layout.mesh, jax.numpy.bfloat16, "int4")
+    ids = jax.ShapeDtypeStruct((4, 8), jax.numpy.int32, sharding=NamedSharding(layout.mesh, PartitionSpec()))
+    with layout.on_devices():
+        compiled = jax.jit(partial(apply, model)).lower(unflatten(put_together(flat)), ids).compile()
+    text = compiled.as_text()
+    [call] = [line for line in text.splitlines() if KERNEL in line]
+    assert "u8[16,1024,1408]" in call
+    assert "f32[16,11,1,2048]" in call
+    assert not [copy for copy in copies(text) if copy[1] > LARGE]
 
 
 @pytest.mark.parametrize("tokens", [4096])

@@ -1,34 +1,16 @@
 """Compiled decode steps move nothing that they need not: no copies of weights or of the cache."""
 
 import math
-import re
 
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from tests.tpu.compiling import TARGETS, devices_of
+from tests.tpu.compiling import LARGE, TARGETS, copies, devices_of
 from vl2_jax.config import VL2Config
 from vl2_jax.planning.programs import build
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.rules import AXES
-
-_BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
-_COPY = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* (?:copy|transpose)\(")
-_LARGE = 1e6
-
-
-def copies(text):
-    """(name, bytes, whether in the body of a loop) of every copy outside of a fusion, whose parts are in registers."""
-    computation = ""
-    for line in text.splitlines():
-        if line and not line.startswith(" "):
-            computation = line.split(" ")[0]
-        found = _COPY.match(line)
-        if found and "fused" not in computation:
-            name, dtype, shape = found.groups()
-            size = math.prod(int(n) for n in shape.split(",") if n) * _BYTES[dtype]
-            yield name, size, "region" in computation
 
 
 def step_of(size, target, axes, batch, layers=2):
@@ -48,14 +30,14 @@ def test_a_decode_step_copies_nothing_large(target, size):
     text = step_of(size, target, {"expert": 4}, batch=32)
     assert "tpu_custom_call" in text
     # For TPU7x, XLA lays weights that come in tiles of 8 rows in tiles of 16, once a call: we cannot keep it from that.
-    assert not [copy for copy in copies(text) if copy[1] > _LARGE and (target != "tpu7x" or copy[2])]
+    assert not [copy for copy in copies(text) if copy[1] > LARGE and (target != "tpu7x" or copy[2])]
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
 def test_nor_does_one_on_a_single_chip_or_with_heads_spread(size):
     for axes in ({}, {"expert": 2, "tensor": 2}):
         text = step_of(size, "v5e", axes, batch=8)
-        assert not [copy for copy in copies(text) if copy[1] > _LARGE]
+        assert not [copy for copy in copies(text) if copy[1] > LARGE]
 
 
 def test_what_would_be_copied_is_seen():

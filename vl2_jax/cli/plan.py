@@ -10,7 +10,7 @@ import tyro
 
 from vl2_jax.cli.info import config_of
 from vl2_jax.cli.terminal import print_json, tell
-from vl2_jax.errors import ConfigError, MeshError, shown
+from vl2_jax.errors import MeshError, shown
 
 
 def plan(
@@ -24,7 +24,6 @@ def plan(
     weights: str | None = None,
     cache: str | None = None,
     recipe: Path | None = None,
-    weights: str | None = None,
     search: bool = False,
     json: bool = False,
     save: Path | None = None,
@@ -41,10 +40,9 @@ def plan(
         context: Positions of each: cache slots, or the packed row of a training step.
         mesh: auto, one axis, or sizes such as expert=4,tensor=2.
         dispatch: How tokens reach their experts on other devices: ring or ragged.
-        weights: int8 or int4: the decoder's matrices in so many bits; by default bfloat16.
+        weights: int8 or int4: the decoder's matrices in so many bits, in training beside adapters; by default bfloat16.
         cache: int8: rows of the cache in eight bits; by default bfloat16.
         recipe: Of a training step; by default a full fine-tune with AdamW, layers computed again for gradients.
-        weights: int8 or int4: the decoder's matrices in so many bits, beside the adapters of a recipe with [lora].
         search: Find the smallest slice that it fits on, and the best mesh there.
         json: Print one object.
         save: Draw memory and time to a picture.
@@ -58,20 +56,17 @@ def plan(
     if save is not None:
         picture.check(save)
     config = config_of(model)
-    if weights is not None and (purpose != "train" or recipe is None):
-        raise ConfigError(f"--weights {shown(weights)} is for training steps with a --recipe that has [lora].")
-    changes = [f"model.weights={weights}"] if weights else []
-    training = None if recipe is None else read_recipe(recipe, changes)
+    of_recipe = weights is not None and purpose == "train" and recipe is not None
+    training = None if recipe is None else read_recipe(recipe, [f"model.weights={weights}"] if of_recipe else [])
+    narrow = None if of_recipe else weights, cache
     if search:
         kinds = [kind.strip() for kind in topology.split(",")] if topology else list(TOPOLOGIES)
         unknown = [kind for kind in kinds if kind not in TOPOLOGIES]
         if unknown:
             raise MeshError(f"there is no kind of TPU {shown(unknown[0])}; choose from {', '.join(TOPOLOGIES)}.")
-        found = planning.search(model, config, kinds, purpose, batch, context, tell, training, weights, cache)
+        found = planning.search(model, config, kinds, purpose, batch, context, tell, training, *narrow)
     else:
-        found = planning.make_plan(
-            model, config, topology, purpose, batch, context, mesh, dispatch, training, weights, cache
-        )
+        found = planning.make_plan(model, config, topology, purpose, batch, context, mesh, dispatch, training, *narrow)
     if save is not None:
         picture.draw(found, save)
     if json:

@@ -80,14 +80,15 @@ def build(
 
     Raises:
       CheckpointError, RequestError: no such kind.
-      MeshError: a kind for a training step, which has floats and no cache.
+      MeshError: a kind for a training step, which has no cache, and whose recipe says the kind of its weights.
     """
     kinds = None if weights is None else checked_kind(weights), checked_cache(cache)
     if purpose != "train":
         return _inference(purpose, config, layout, batch, context, *kinds)
     if any(kinds):
         flag = f"--weights {weights}" if weights else f"--cache {cache}"
-        raise MeshError(f"a training step updates floats and has no cache; plan it without {flag}.")
+        remedy = ", or with --recipe of adapters ([lora])" if weights else ""
+        raise MeshError(f"a training step updates floats and has no cache; plan it without {flag}{remedy}.")
     return _train(config, layout, batch, context, recipe or _FULL)
 
 

@@ -65,9 +65,10 @@ def specs_of(mesh: Mesh, kernel: Any, axes: Sequence[str | None]) -> Any:
     """How a matrix, or those of all experts, lies on the mesh: of every part, where it is `Narrow`."""
     if not isinstance(kernel, Narrow):
         return spec_of(mesh, kernel.shape, axes)
-    whole = [*spec_of(mesh, kernel.units, axes), *[None] * kernel.ndim]
+    *lead, columns = [*spec_of(mesh, kernel.units, axes), *[None] * kernel.ndim][: kernel.ndim]
 
     def of_part(part: Any) -> PartitionSpec:
+        whole = [*lead, *[None] * (len(part.shape) - kernel.ndim), columns]
         return PartitionSpec(*(None if size == 1 else names for size, names in zip(part.shape, whole)))
 
     return jax.tree.map(of_part, kernel)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul
+from vl2_jax.ops.narrow.kinds import Narrow
 
 Factors = tuple[Float[Array, "E D r"], Float[Array, "E r out"]]
 ExpertAdapters = tuple[Factors | None, Factors | None, Factors | None]  # of gate, up and down
@@ -20,9 +21,9 @@ ExpertAdapters = tuple[Factors | None, Factors | None, Factors | None]  # of gat
 
 def expert_ffn(
     x: Float[Array, "N D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Narrow,
+    up: Float[Array, "E D F"] | Narrow,
+    down: Float[Array, "E F D"] | Narrow,
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     adapters: ExpertAdapters,
@@ -32,7 +33,7 @@ def expert_ffn(
     ids = expert_ids.ravel()
     order, sizes = jnp.argsort(ids, stable=True), jnp.bincount(ids, length=experts)
 
-    def project(rows: Array, kernel: Array, factors: Factors | None) -> Array:
+    def project(rows: Array, kernel: Array | Narrow, factors: Factors | None) -> Array:
         out = grouped_matmul(rows, kernel, sizes)
         if factors is None:
             return out

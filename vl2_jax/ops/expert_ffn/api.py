@@ -15,13 +15,14 @@ from vl2_jax.ops.choice import Implementation, choose
 from vl2_jax.ops.expert_ffn import adapted, reference, xla
 from vl2_jax.ops.expert_ffn.adapted import ExpertAdapters
 from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import widened
 
 
 def expert_ffn(
     x: Float[Array, "N D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Narrow,
+    up: Float[Array, "E D F"] | Narrow,
+    down: Float[Array, "E F D"] | Narrow,
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
@@ -36,7 +37,7 @@ def expert_ffn(
 
     Args:
       x: rows to transform.
-      gate: gate projections.
+      gate: gate projections, arrays or narrow.
       up: up projections.
       down: down projections.
       expert_ids: the experts of each row, all different within a row; `E` is an expert that is not here and gives
@@ -55,10 +56,9 @@ def expert_ffn(
     if adapters is not None:
         return adapted.expert_ffn(x, gate, up, down, expert_ids, combine_weights, adapters)
     if implementation == "reference":
-        return reference.expert_ffn(x, gate, up, down, expert_ids, combine_weights)
-    if isinstance(gate, Narrow):
-        return _of_narrow(x, gate, up, down, expert_ids, combine_weights, spread_over)
-    if implementation is None and not _kernel_supports(x, gate):
+        wide_gate, wide_up, wide_down = (widened(kernel, x.dtype) for kernel in (gate, up, down))
+        return reference.expert_ffn(x, wide_gate, wide_up, wide_down, expert_ids, combine_weights)
+    if implementation is None and not _kernel_supports(x, gate, up, down):
         implementation = "xla"
     return _expert_ffn(x, gate, up, down, expert_ids, combine_weights, implementation, spread_over or gate.shape[0])
 
@@ -75,52 +75,34 @@ def _forward(x, gate, up, down, expert_ids, combine_weights, implementation, spr
 
 
 def _backward(implementation, spread_over, arguments, dout):
+    if isinstance(arguments[1], Narrow):
+        return _backward_beside_narrow(arguments, dout)
     plain = partial(xla.backward, spread_over=spread_over)
     kernel = partial(_kernel_backward, spread_over=spread_over)
     gradients = choose(implementation, kernel, plain)(*arguments, dout)
     return (*gradients[:4], None, gradients[4])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _of_narrow(x, gate, up, down, expert_ids, combine_weights, spread_over):
-    return xla.expert_ffn(x, gate, up, down, expert_ids, combine_weights, spread_over=spread_over)
-
-
-def _forward_of_narrow(*arguments):
-    def grouped(*given):
-        return _of_narrow_by_groups(*given)[0]
-
-    plain = partial(xla.expert_ffn, spread_over=arguments[6])
-    return choose(None, grouped, plain)(*arguments[:6]), arguments[:6]
-
-
-def _backward_of_narrow(_, arguments, dout):
-    """Hidden rows are computed again, not kept, and matrices widened again."""
-    dx, dweights = _of_narrow_by_groups(*jax.lax.optimization_barrier(arguments))[1](dout)
-    return dx, None, None, None, None, dweights
-
-
-def _of_narrow_by_groups(x, gate, up, down, expert_ids, combine_weights):
-    """The result, and what makes gradients of rows and weights of its gradient."""
+def _backward_beside_narrow(arguments, dout):
+    """Gradients of rows and weights. Hidden rows are computed again, not kept, and one matrix after another widened."""
 
     def without_adapters(x, combine_weights):
         return adapted.expert_ffn(x, gate, up, down, expert_ids, combine_weights, (None, None, None))
 
-    return jax.vjp(without_adapters, x, combine_weights)
-
-
-_of_narrow.defvjp(_forward_of_narrow, _backward_of_narrow)
+    x, gate, up, down, expert_ids, combine_weights = jax.lax.optimization_barrier(arguments)
+    dx, dcombine = jax.vjp(without_adapters, x, combine_weights)[1](dout)
+    return dx, None, None, None, None, dcombine
 
 
 # Pallas takes a third of a second to import, so it is imported where a kernel may be used.
 
 
-def _kernel_supports(x, gate):
+def _kernel_supports(x, gate, up, down):
     if x.dtype != jnp.bfloat16:
         return False
     from vl2_jax.ops.expert_ffn import pallas_tpu
 
-    return pallas_tpu.supports(x, gate)
+    return pallas_tpu.supports(x, gate, up, down)
 
 
 def _kernel(*arguments, spread_over):

@@ -31,7 +31,6 @@ from vl2_jax.ops.expert_ffn.rows import (
     cleared_of_overlap,
     cut_experts,
     first_expert,
-    gate_and_up,
     in_pairs,
     list_experts,
     order_by_expert,
@@ -39,8 +38,10 @@ from vl2_jax.ops.expert_ffn.rows import (
     pieces_of,
     product,
     product_along,
+    product_with,
     walk_tiles,
 )
+from vl2_jax.ops.expert_ffn.stored import FLOATS, Matrix
 from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling, round_up
 
 _COLUMNS = 2 * LANES  # of one step of the products with transposed weights
@@ -291,6 +292,7 @@ def _kernel(
     def tile(height, place):
         """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
         slot = place.number % 2
+        kernels = [Matrix(FLOATS, [kernel.at[slot]]) for kernel in (gate, up)]
 
         def project(columns, combined):
             """dout down^T; beside it the `combined` steps of combining the tile before."""
@@ -316,7 +318,7 @@ def _kernel(
                 activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 gather_dout(place.end, place.following_end, step, part, parts, zero)
 
-            gate_up[0:height, :] = gate_and_up(x_tile.at[0:height], gate.at[slot], up.at[slot], columns, ride)
+            gate_up[0:height, :] = product_with(x_tile.at[0:height], kernels, columns, ride)
             return 0
 
         def dx_step(step, _):

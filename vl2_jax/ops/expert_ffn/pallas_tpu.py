@@ -18,6 +18,7 @@ N tokens, k experts a token, D model width, E experts, F expert width, M rows of
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -35,32 +36,38 @@ from vl2_jax.ops.expert_ffn.rows import (
     cleared_of_overlap,
     cut_experts,
     first_expert,
-    gate_and_up,
+    in_pairs,
     list_experts,
+    one_by_one,
     order_by_expert,
     part_of,
-    product_along,
+    product_with,
     walk_tiles,
 )
-from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling, choose_tiling, round_up
+from vl2_jax.ops.expert_ffn.stored import GROUP, Matrix, Stored, stored_as
+from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, ScratchOf, Tiling, choose_tiling, round_up
+from vl2_jax.ops.narrow.kinds import Narrow
 
+Kernel = Float[Array, "E D F"] | Narrow
 _DOWN_COLUMNS = 256  # of one step of the down product
+_PAIRED = 64  # rows of a tile that takes steps in pairs: of more rows, a step is long beside what fills the MXU
 
 
-def supports(x: Array, gate: Array, chip: Chip | None = None) -> bool:
-    """Whether the kernel can do this: bfloat16, widths that fill its lanes, two experts that fit in vector memory."""
-    experts, width, expert_width = gate.shape
-    if x.dtype != jnp.bfloat16 or gate.dtype != jnp.bfloat16 or width % _DOWN_COLUMNS or expert_width % LANES:
+def supports(x: Array, gate: Kernel, up: Kernel, down: Kernel, chip: Chip | None = None) -> bool:
+    """Whether the kernel can do this: bfloat16 rows, weights of one of the kinds of `stored`, widths that fill its
+    lanes, two experts that fit in vector memory."""
+    (experts, width, expert_width), stored = gate.shape, stored_as((gate, up, down))
+    if x.dtype != jnp.bfloat16 or stored is None or width % _DOWN_COLUMNS or expert_width % LANES:
         return False
-    return choose_tiling(chip or chip_of_mesh(), 16, width, expert_width, experts, 1) is not None
+    return choose_tiling(chip or chip_of_mesh(), 16, width, expert_width, experts, 1, _scratch_of(stored)) is not None
 
 
 @functools.partial(jax.jit, static_argnames=("spread_over", "tiling"))  # lowered once, however many layers
 def expert_ffn(
     x: Float[Array, "N D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Kernel,
+    up: Kernel,
+    down: Kernel,
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
@@ -73,11 +80,14 @@ def expert_ffn(
       tiling: by default the table's for the mesh being compiled for.
     """
     (tokens, width), (experts, _, expert_width), k = x.shape, gate.shape, expert_ids.shape[1]
-    tiling = tiling or choose_tiling(chip_of_mesh(), tokens, width, expert_width, spread_over or experts, k)
+    stored = stored_as((gate, up, down))
+    assert stored is not None, "ask `supports` first"
+    scratch_of, shared_by = _scratch_of(stored), spread_over or experts
+    tiling = tiling or choose_tiling(chip_of_mesh(), tokens, width, expert_width, shared_by, k, scratch_of)
     assert tiling is not None, "ask `supports` first"
     padded = round_up(tokens, 16)
     x = jnp.pad(x, ((0, padded - tokens), (0, 0)))
-    scratch = Scratch(tiling, width, expert_width)
+    scratch, weights = scratch_of(tiling, width, expert_width), jax.tree.leaves((gate, up, down))
     expert_ids, combine_weights = cut_experts(expert_ids, combine_weights, experts, tiling.parts)
     experts, k = experts * tiling.parts, k * tiling.parts
     out: Array | None = None
@@ -91,15 +101,19 @@ def expert_ffn(
         out = pl.pallas_call(
             body,
             out_shape=jax.ShapeDtypeStruct((padded, width), x.dtype),
-            in_specs=[scalar] * 3 + [hbm] * (4 + len(before)),
+            in_specs=[scalar] * 3 + [hbm] * (1 + len(weights) + len(before)),
             out_specs=hbm,
             scratch_shapes=_scratch_shapes(scratch, rows, experts),
-            input_output_aliases={7: 0} if before else {},
+            input_output_aliases={4 + len(weights): 0} if before else {},
             compiler_params=pltpu.CompilerParams(vmem_limit_bytes=tiling.vmem),
             name="expert_ffn",
-        )(*routing, x, gate, up, down, *before)
+        )(*routing, x, *weights, *before)
     assert out is not None
     return out[:tokens]
+
+
+def _scratch_of(stored: Stored) -> ScratchOf:
+    return functools.partial(Scratch, stored=stored)
 
 
 def _scratch_shapes(s: Scratch, tokens: int, experts: int) -> list[Any]:
@@ -108,39 +122,48 @@ def _scratch_shapes(s: Scratch, tokens: int, experts: int) -> list[Any]:
         *(pltpu.VMEM(shape, jnp.dtype(dtype)) for shape, dtype in s.vector_buffers(tokens)),
         pltpu.SMEM((experts + 1,), jnp.int32),
         pltpu.SMEM((experts + 2,), jnp.int32),
-        pltpu.SemaphoreType.DMA((2, 2 + s.down_pieces)),
+        pltpu.SemaphoreType.DMA((2, 2 + s.down_pieces, s.stored.arrays)),
         pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
         pltpu.SemaphoreType.DMA((IN_FLIGHT,)),
     ]
 
 
-def _kernel(
-    pairs, counts, weights, x_hbm, gate_hbm, up_hbm, down_hbm, *rest, scratch, first_token, tokens, k
-):  # fmt: skip
+def _kernel(pairs, counts, weights, x_hbm, *rest, scratch, first_token, tokens, k):
     """All row tiles of all experts that were hit, for the tokens from `first_token` on."""
-    (out_hbm, gate, up, down, x_words, sums, x_tile, stage, gate_up, hidden, outputs, arriving, leaving,
-     hit, offsets, weight_arrived, x_arrived, out_left) = rest[-18:]  # fmt: skip
-    s, heights = scratch, scratch.tiling.heights
-    f32, bf16 = jnp.float32, jnp.bfloat16
+    s, heights, each = scratch, scratch.tiling.heights, scratch.stored.arrays
+    gate_hbm, up_hbm, down_hbm = (rest[i * each : (i + 1) * each] for i in range(3))
+    out_hbm, *rest = rest[-15 - 3 * each :]
+    gate, up, down = (rest[i * each : (i + 1) * each] for i in range(3))
+    (x_words, sums, x_tile, stage, gate_up, hidden, outputs, arriving, leaving,
+     hit, offsets, weight_arrived, x_arrived, out_left) = rest[3 * each :]  # fmt: skip
 
     def gate_up_copies(number):
         slot, part = number % 2, part_of(hit[number], s)
         columns = pl.ds(part.first_column, s.part_width)
         return [
-            pltpu.make_async_copy(source.at[part.expert, :, columns], target.at[slot], weight_arrived.at[slot, i])
-            for i, (source, target) in enumerate(((gate_hbm, gate), (up_hbm, up)))
+            pltpu.make_async_copy(source.at[part.expert, ..., columns], target.at[slot], weight_arrived.at[slot, i, n])
+            for i, (sources, targets) in enumerate(((gate_hbm, gate), (up_hbm, up)))
+            for n, (source, target) in enumerate(zip(sources, targets, strict=True))
         ]
 
-    def down_copy(number, piece):
+    def down_copies(number, piece):
         """Down comes in pieces: the first columns are multiplied while the last ones arrive."""
         slot, part = number % 2, part_of(hit[number], s)
-        width = s.width // s.down_pieces
-        rows, columns = pl.ds(part.first_column, s.part_width), pl.ds(pl.multiple_of(piece * width, LANES), width)
-        source, target = down_hbm.at[part.expert, rows, columns], down.at[slot, :, columns]
-        return pltpu.make_async_copy(source, target, weight_arrived.at[slot, 2 + piece])
+        width, held = s.width // s.down_pieces, s.stored.held
+        columns = pl.ds(pl.multiple_of(piece * width, LANES), width)
+        rows = pl.ds(pl.multiple_of(part.first_column // held, LANES // held), s.part_width // held)
+        return [
+            pltpu.make_async_copy(
+                source.at[(part.expert, rows, columns) if n == 0 else (part.expert, ..., columns)],
+                target.at[slot, ..., columns],
+                weight_arrived.at[slot, 2 + piece, n],
+            )
+            for n, (source, target) in enumerate(zip(down_hbm, down, strict=True))
+        ]
 
     def copies_of(number):
-        return (*gate_up_copies(number), *(down_copy(number, piece) for piece in range(s.down_pieces)))
+        pieces = (down_copies(number, piece) for piece in range(s.down_pieces))
+        return (*gate_up_copies(number), *itertools.chain.from_iterable(pieces))
 
     def fetch_expert(number):
         for copy in copies_of(number):
@@ -168,11 +191,17 @@ def _kernel(
             g, u = gate_up[low:high, :LANES], gate_up[low:high, LANES:]
             columns = pl.ds(pl.multiple_of(column * LANES, LANES), LANES)
             u = cleared_of_overlap(u, column, part_of(hit[number], s), s)
-            hidden[low:high, columns] = (g * (1.0 / (1.0 + jnp.exp(-g))) * u).astype(bf16)
+            hidden[low:high, columns] = (g * (1.0 / (1.0 + jnp.exp(-g))) * u).astype(jnp.bfloat16)
 
     def tile(height, place):
         """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
         slot = place.number % 2
+        all_steps = in_pairs if height <= _PAIRED else one_by_one
+        first_group = part_of(hit[place.number], s).first_column // GROUP
+        of_gate, of_up, of_down = (
+            Matrix(s.stored, [array.at[slot] for array in arrays], first, s.scale_rows)
+            for arrays, first in ((gate, 0), (up, 0), (down, first_group))
+        )
 
         def gate_step(step, _):
             columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
@@ -182,30 +211,31 @@ def _kernel(
                 activate(height, place.number, jnp.maximum(step - 1, 0), part, parts)
                 combine(place.previous, place.previous_end, step, part, parts, zero)
 
-            gate_up[0:height, :] = gate_and_up(x_tile.at[0:height], gate.at[slot], up.at[slot], columns, ride)
+            gate_up[0:height, :] = product_with(x_tile.at[0:height], (of_gate, of_up), columns, ride)
             return 0
 
         def down_step(step, _):
             columns = pl.ds(pl.multiple_of(step * _DOWN_COLUMNS, LANES), _DOWN_COLUMNS)
 
-            def partial_product(k, size):
-                kernel = down[slot, k : k + size, columns]
-                return jnp.dot(hidden[0:height, k : k + size], kernel, preferred_element_type=f32)
-
             def ride(part, parts, zero):
                 gather(place.end, place.following_end, step, part, parts, zero)
 
-            total = product_along(s.part_width, partial_product, ride)
+            total = product_with(hidden.at[0:height], (of_down,), columns, ride)
             rows.put_out(total, outputs, step)
             return 0
 
-        lax.fori_loop(0, s.gate_steps, gate_step, 0)
+        all_steps(s.gate_steps, gate_step)
         activate(height, place.number, s.gate_steps - 1)
 
         def down_piece(piece, _):
-            pl.when(place.is_first)(lambda: down_copy(place.number, piece).wait())
+            @pl.when(place.is_first)
+            def _():
+                for copy in down_copies(place.number, piece):
+                    copy.wait()
+
             steps = s.down_steps // s.down_pieces
-            return lax.fori_loop(piece * steps, (piece + 1) * steps, down_step, 0)
+            all_steps(steps, lambda step, carried: down_step(piece * steps + step, carried))
+            return 0
 
         lax.fori_loop(0, s.down_pieces, down_piece, 0)
 

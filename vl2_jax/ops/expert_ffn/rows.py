@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from vl2_jax.ops.expert_ffn.stored import Matrix, partial_product, scaled
 from vl2_jax.ops.expert_ffn.tiling import IN_FLIGHT, LANES, Scratch, Tiling
 
 PRODUCT_DEPTH = 512  # of a partial product; between two of them stands other work
@@ -331,6 +332,11 @@ def _tile_for(rows_left, tiling: Tiling):
     return kind, height
 
 
+def one_by_one(count: int, step: Callable):
+    """`step(i, 0)` for all i below `count`."""
+    lax.fori_loop(0, count, step, 0)
+
+
 def in_pairs(count: int, step: Callable):
     """`step(i, 0)` for all i below `count`, two in one body: while the MXU empties after one, it fills for the next."""
 
@@ -348,26 +354,18 @@ def product_along(depth: int, partial_product: Callable, ride: Callable | None):
     return product([functools.partial(partial_product, *piece) for piece in pieces_of(depth, PRODUCT_DEPTH)], ride)
 
 
-def gate_and_up(x_rows, gate, up, columns, ride: Callable):
-    """Products of rows with a step's columns of gate and up, side by side.
-
-    Args:
-      x_rows: `[M, D]`; gate, up: `[D, F]` of one expert, all in vector memory.
-    """
-
-    def partial_product(k, size):
-        both = jnp.concatenate([kernel[k : k + size, columns] for kernel in (gate, up)], axis=1)
-        return jnp.dot(x_rows[:, k : k + size], both, preferred_element_type=jnp.float32)
-
-    return product_along(x_rows.shape[1], partial_product, ride)
+def product_with(x_rows, matrices: Sequence[Matrix], columns, ride: Callable):
+    """Products of rows `[M, D]` in vector memory with columns of one expert's matrices, side by side."""
+    partial = functools.partial(partial_product, x_rows, matrices, columns)
+    return scaled(product_along(x_rows.shape[1], partial, ride), matrices, columns)
 
 
 def product(partial_products: Sequence[Callable], ride: Callable | None):
     """A sum of partial products, `ride(part, parts, zeros that depend on the product so far)` between them."""
     rides = max(1, len(partial_products) - 1)  # nothing rides after the last: its result is waited for
     total = None
-    for part, partial_product in enumerate(partial_products):
-        new = partial_product()
+    for part, multiply in enumerate(partial_products):
+        new = multiply()
         total = new if total is None else total + new
         if ride is not None and part < rides:
             ride(part, rides, _zeros_after(new))

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vl2_jax.ops.chips import Chip
+from vl2_jax.ops.expert_ffn.stored import FLOATS, Stored
 
 LANES = 128
 _MIB = 1 << 20
@@ -27,6 +29,8 @@ class Tiling:
       floor, fixed: a tile of `m` rows costs as much time as `max(m, floor) + fixed` rows do.
       parts: an expert is cut along F into so many, which are experts of their own: down is linear, so their outputs
         add up to its. They are smaller, so that more tokens fit beside two of them.
+      scale_rows: whether rows of int4 weights are multiplied with their scales as they are widened, and not what each
+        group of rows adds up to: 128 rows are half of what a 256 x 256 MXU takes at once.
     """
 
     heights: tuple[int, ...]
@@ -36,6 +40,7 @@ class Tiling:
     floor: int
     fixed: int
     parts: int = 1
+    scale_rows: bool = False
 
     @functools.cached_property
     def plan(self) -> list[tuple[int, int]]:
@@ -55,7 +60,7 @@ class Tiling:
 
 
 def choose_tiling(
-    chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int, scratch: type[Scratch] | None = None
+    chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int, scratch: ScratchOf | None = None
 ) -> Tiling | None:
     """The tiling for a chip and a shape, or None where the weights of two experts do not fit in vector memory.
 
@@ -82,20 +87,20 @@ def choose_tiling(
 
 
 def _fewest_calls(
-    chip: Chip, rows: int, width: int, expert_width: int, share_of_rows: float, *, parts: int, scratch: type[Scratch]
+    chip: Chip, rows: int, width: int, expert_width: int, share_of_rows: float, *, parts: int, scratch: ScratchOf
 ) -> Tiling | None:
     wide = chip.mxu == 256
     for calls in range(1, rows // 16 + 1):
         chunk = round_up(-(-rows // calls), 16)
         share = chunk * share_of_rows
         if share <= 64:
-            heights: tuple[int, ...] = (64,) if wide else (64, 32, 16)
+            heights: tuple[int, ...] = (64, 16) if wide else (64, 32, 16)
         else:
             tallest = min(512, share + 2.5 * math.sqrt(share)) if wide else min(384, share)
             tall = round_up(int(tallest), 32)
             heights = (tall, *(h for h in ((384, 256, 128) if wide else (256, 128, 64, 32)) if h < tall - 16))
-        floor, fixed = (128, 110) if wide else (40, 8)
-        tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts)
+        floor, fixed = (16 if share <= 64 else 128, 110) if wide else (40, 8)
+        tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts, wide)
         kept = scratch(tiling, width, expert_width)
         if tiling.vmem > 0 and kept.bytes + kept.spilled <= tiling.vmem:
             return tiling
@@ -113,6 +118,7 @@ class Scratch:
     tiling: Tiling
     width: int
     expert_width: int
+    stored: Stored = FLOATS
 
     @property
     def part_width(self) -> int:
@@ -123,6 +129,11 @@ class Scratch:
     def overlap(self) -> int:
         """Tiles of columns that the last two parts share."""
         return (self.part_width * self.tiling.parts - self.expert_width) // LANES
+
+    @property
+    def scale_rows(self) -> bool:
+        """`Tiling.scale_rows`, where rows have scales of their own."""
+        return self.stored.group > 0 and self.tiling.scale_rows
 
     @property
     def words(self) -> int:
@@ -177,9 +188,9 @@ class Scratch:
         """
         tall, move = self.tiling.heights[0], min(self.tiling.move, tokens)
         return [
-            ((2, self.width, self.part_width), "bfloat16"),  # gate of two experts
-            ((2, self.width, self.part_width), "bfloat16"),  # up
-            ((2, self.part_width, self.width), "bfloat16"),  # down
+            *self.stored.shapes(self.width, self.width, self.part_width),  # gate of two experts
+            *self.stored.shapes(self.width, self.width, self.part_width),  # up
+            *self.stored.shapes(self.part_width, self.expert_width, self.width),  # down
             ((round_up((tokens + 1) * self.words, 8), LANES), "int32"),  # x
             ((round_up((tokens + 1) * self.lines, 64), LANES), "float32"),  # sums
             ((self.gathered_a_step * self.down_steps, self.width), "bfloat16"),  # rows of a tile
@@ -199,10 +210,11 @@ class Scratch:
     @property
     def bytes(self) -> int:
         """Vector memory that the kernel takes for a whole chunk."""
-        sizes = {"bfloat16": 2, "float32": 4, "int32": 4}
+        sizes = {"int8": 1, "uint8": 1, "bfloat16": 2, "float32": 4, "int32": 4}
         return sum(math.prod(shape) * sizes[dtype] for shape, dtype in self.vector_buffers(self.tiling.chunk))
 
 
+ScratchOf = Callable[[Tiling, int, int], Scratch]
 IN_FLIGHT = 4  # copies of x and of the output that are under way at once
 
 

@@ -18,7 +18,7 @@ from vl2_jax.ops.narrow.kinds import Narrow
 
 def grouped_matmul(
     lhs: Float[Array, "N K"],
-    rhs: Float[Array, "G K M"],
+    rhs: Float[Array, "G K M"] | Narrow,
     group_sizes: Int[Array, " G"],
     *,
     transpose_rhs: bool = False,

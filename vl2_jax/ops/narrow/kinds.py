@@ -6,7 +6,7 @@ A kind is what stands in a tree of parameters in the place of an array, and what
     Int8     int8   [.., D, F]        times a float32 scale of each column
     Int4     uint8  [.., D / 2, F]    two numbers a byte, times a float32 scale of each column and group of rows
 
-    a group of 128 rows of an Int4 is 64 stored rows: row j in the low half of the bytes, row j + 64 in the high half
+    row 2 j of an Int4 is the low halves of the bytes of stored row j, row 2 j + 1 the high ones
 
 XLA:CPU widens arrays of narrow floats as a whole around a loop; whole numbers it leaves alone. A stored row is one row
 of the array in which a matrix lies; it holds one or more rows of the matrix.
@@ -141,10 +141,14 @@ class Int8(Narrow):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Int4(Narrow):
-    """Whole numbers from -8 to 7, kept as 0 to 15, and a scale of each group and column."""
+    """Whole numbers from -8 to 7, kept as 0 to 15, and a scale of each group and column.
+
+    Scales of a group are a row by themselves: XLA lays [E, G, F] out by E and F on a TPU where 8 does not divide G, and
+    the kernels of experts, which read those of one, would have all of them copied before.
+    """
 
     nibbles: UInt8[Array, "... S F"]
-    scales: Float32[Array, "... G F"]
+    scales: Float32[Array, "... G 1 F"]
 
     @property
     def stored(self) -> Array:
@@ -157,19 +161,20 @@ class Int4(Narrow):
 
     @property
     def alike(self) -> int:
-        return self.nibbles.shape[-2] // self.scales.shape[-2]
+        return self.nibbles.shape[-2] // self.scales.shape[-3]
 
     @property
     def units(self) -> tuple[int, ...]:
-        return self.scales.shape
+        *groups, _, width = self.scales.shape
+        return (*groups, width)
 
     def widened(self, dtype: Any) -> Array:
-        *experts, groups, width = self.scales.shape
-        halves = jnp.stack(self.in_stored(self.nibbles.reshape(*experts, groups, self.alike, width)), axis=-3)
-        return (halves * self.scales[..., None, None, :]).reshape(*experts, -1, width).astype(dtype)
+        *experts, groups, width = self.units
+        halves = jnp.stack(self.in_stored(self.nibbles.reshape(*experts, groups, self.alike, width)), axis=-2)
+        return (halves * self.scales[..., None, :, :]).reshape(*experts, -1, width).astype(dtype)
 
     def by_stored(self, x: Float[Array, " D"]) -> Float[Array, "S 2"]:
-        return x.reshape(-1, 2, self.alike).swapaxes(1, 2).reshape(-1, 2)
+        return x.reshape(-1, 2)
 
     def in_stored(self, rows: Array) -> tuple[Array, ...]:
         whole = rows.astype(jnp.int32)
@@ -177,7 +182,7 @@ class Int4(Narrow):
 
     def scaled(self, sums: Array, expert: Array, begin: Array | int) -> Array:
         segments, width = sums.shape
-        by_segment = self.scales.reshape(-1, segments, self.scales.shape[-2] // segments, width)
+        by_segment = self.scales.reshape(-1, segments, self.units[-2] // segments, width)
         begins = (expert, 0, begin // self.alike, 0)
         return sums * lax.dynamic_slice(by_segment, begins, (1, segments, 1, width))[0, :, 0]
 

@@ -150,8 +150,9 @@ def _blocks_of(kernel: Narrow, expert: Array) -> tuple[int, Callable[[Array | in
 
     def columns(begin: Array | int) -> Array:
         def take(part: Array) -> Array:
-            stacked = part.reshape(-1, *part.shape[-2:])
-            return lax.dynamic_slice(stacked, (expert, 0, begin), (1, stacked.shape[1], block))[0]
+            stacked = part[None] if kernel.ndim == 2 else part
+            begins = (expert, *[0] * (stacked.ndim - 2), begin)
+            return lax.dynamic_slice(stacked, begins, (1, *stacked.shape[1:-1], block))[0]
 
         return jax.tree.map(take, kernel).widened(jnp.float32)
 
