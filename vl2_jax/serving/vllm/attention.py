@@ -6,7 +6,7 @@ T rows of all sequences one after another; each is a batch row of one position h
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -33,13 +33,25 @@ class Step(NamedTuple):
         return (jnp.arange(told.input_positions.shape[0] // parts) < ends).ravel()
 
 
+def in_their_names(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `EngineCache` in which the mesh is vLLM's again, see `model.own_mesh`."""
+
+    @wraps(method)
+    def run(self: EngineCache, *arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(self.step.mesh.abstract_mesh):
+            return method(self, *arguments)
+
+    return run
+
+
 class EngineCache(OuterCache):
     """The cache of one step, a layer's array at a time."""
 
     def __init__(self, step: Step):
-        self._step = step
+        self.step = step
         self._is_on_tpu = step.mesh.devices.flat[0].platform == "tpu"
 
+    @in_their_names
     def latents(self, q_latent, q_rotated, latents, rotated, cache, scale):
         rows = [each[:, 0] for each in (q_latent, q_rotated, latents, rotated)]
         if not self._is_on_tpu:
@@ -49,8 +61,8 @@ class EngineCache(OuterCache):
             jnp.swapaxes(rows[0], 0, 1),
             *rows[1:],
             cache,
-            self._step.metadata,
-            self._step.mesh,
+            self.step.metadata,
+            self.step.mesh,
             num_attention_heads=q_latent.shape[2],
             qk_nope_head_dim=0,  # which nothing reads: queries are of latents already
             query_nth_sharding=PartitionSpec(None, data, None),
@@ -61,22 +73,23 @@ class EngineCache(OuterCache):
         )
         return jnp.swapaxes(out, 0, 1)[:, None], cache
 
+    @in_their_names
     def heads(self, queries, keys, values, cache, scale):
         rows = [each[:, 0] for each in (queries, keys, values)]
         if not self._is_on_tpu:
             return self._in_plain_xla(reference.attend_to_heads, rows, cache, scale)
-        cache, out = theirs.attend_to_heads(cache, *rows, self._step.metadata, self._step.mesh, sm_scale=scale)
+        cache, out = theirs.attend_to_heads(cache, *rows, self.step.metadata, self.step.mesh, sm_scale=scale)
         return out[:, None], cache
 
     def _in_plain_xla(
         self, attend: Callable[..., tuple[Array, Array]], rows: list[Array], cache: Array, scale: float
     ) -> tuple[Array, Array]:
-        told = self._step.metadata
+        told = self.step.metadata
         places = (told.seq_lens, told.block_tables, told.query_start_loc, told.request_distribution)
         spread = PartitionSpec(theirs.ShardingAxisName.ATTN_DATA)
         out, cache = jax.shard_map(
             partial(attend, scale=scale),
-            mesh=self._step.mesh,
+            mesh=self.step.mesh,
             in_specs=spread,
             out_specs=spread,
             check_vma=False,

@@ -6,6 +6,7 @@ T rows of all sequences one after another, D model width, V vocabulary, I tiles,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,9 +20,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vl2_jax.inference.prefill import encode_tiles, matmul_precision
 from vl2_jax.model.vl2 import Params, VL2Model, apply
-from vl2_jax.processing.tiling import visual_rows
+from vl2_jax.processing.tiling import tiles_of, visual_rows
 from vl2_jax.serving.vllm.attention import EngineCache, Step
 from vl2_jax.serving.vllm.settings import Settings
+from vl2_jax.sharding.layout import MeshLayout
+from vl2_jax.sharding.rules import AXES
 
 
 class DeepseekVL2(nnx.Module):
@@ -50,7 +53,8 @@ class DeepseekVL2(nnx.Module):
 
         del rng_key
         options = asdict(self.settings)
-        vl2 = load(**options | {"weights": options["weights"] or "arrays"}, dtype=self.dtype.name)
+        options["weights"] = options["weights"] or "arrays"
+        vl2 = load(**options, dtype=self.dtype.name, mesh=own_mesh(self.mesh))
         processor = vl2.processor
         self.model = vl2.model
         self.token_grid, self.global_view_first = processor.config.token_grid, processor.global_view_first
@@ -87,25 +91,21 @@ class DeepseekVL2(nnx.Module):
         step = Step(attention_metadata, self.mesh)
         number_of = dict(layer_map)
         order = [number_of.get(f"layer.{i}", i) for i in range(len(kv_caches))]
-        with matmul_precision(self.model.dtype):
-            out = apply(
-                self.model,
-                self.params,
-                x[:, None],
-                attention_metadata.input_positions[:, None],
-                segments=step.exists()[:, None].astype(jnp.int32),
-                cache=tuple(kv_caches[i] for i in order),
-                pages=EngineCache(step),
-                method="decode",
-            )
+        out = self._apply(
+            x[:, None],
+            attention_metadata.input_positions[:, None],
+            segments=step.exists()[:, None].astype(jnp.int32),
+            cache=tuple(kv_caches[i] for i in order),
+            pages=EngineCache(step),
+            method="decode",
+        )
         new = list(kv_caches)
         for i, cache in zip(order, out.cache):
             new[i] = cache
         return new, out.hidden[:, 0], [], None
 
     def compute_logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
-        with matmul_precision(self.model.dtype):
-            return apply(self.model, self.params, hidden, method="logits")
+        return self._apply(hidden, method="logits")
 
     def embed_input_ids(
         self,
@@ -115,7 +115,7 @@ class DeepseekVL2(nnx.Module):
         is_multimodal: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T D"]:
         """Rows of text, and of pictures where `is_multimodal` says so, in the order in which `pictures` has them."""
-        x = apply(self.model, self.params, ids[:, None], method="embed")[:, 0]
+        x = self._apply(ids[:, None], method="embed")[:, 0]
         if pictures is None or is_multimodal is None:
             return x
         rows = jnp.take(pictures, jnp.maximum(jnp.cumsum(is_multimodal) - 1, 0), axis=0)
@@ -129,13 +129,13 @@ class DeepseekVL2(nnx.Module):
           crops: `[pictures, 2]`, local tiles (across, down).
         """
         del others
-        params = self.params
-        table = encode_tiles(self.model, params, np.asarray(tiles))
-        pictures, first = [], 0
-        for across, down in np.asarray(crops).tolist():
-            rows = visual_rows((across, down), first, self.token_grid, self.global_view_first)
-            pictures.append(_rows(self.model, params, rows, table))
-            first += 1 if (across, down) == (1, 1) else 1 + across * down
+        params, pictures, first = self.params, [], 0
+        with self.model.layout.on_devices():
+            table = encode_tiles(self.model, params, np.asarray(tiles))
+            for across, down in np.asarray(crops).tolist():
+                rows = visual_rows((across, down), first, self.token_grid, self.global_view_first)
+                pictures.append(_rows(self.model, params, rows, table))
+                first += tiles_of(across, down)
         return tuple(pictures)
 
     def precompile_vision_encoder(self, run: Callable[..., Any]) -> None:
@@ -143,12 +143,30 @@ class DeepseekVL2(nnx.Module):
         size = self.candidates[0][0]
         rasters = sorted({(width // size, height // size) for width, height in self.candidates})
         for across, down in rasters:
-            tiles = np.zeros((1 if (across, down) == (1, 1) else 1 + across * down, size, size, 3), np.uint8)
+            tiles = np.zeros((tiles_of(across, down), size, size, 3), np.uint8)
             run(f"pictures of {across} x {down} tiles", self.embed_multimodal, tiles, [(across, down)])
 
     def modules(self) -> Sequence[Any]:
         """Parts that hold anything outside of JAX: none."""
         return ()
+
+    def _apply(self, *arguments: Any, **named: Any) -> Any:
+        """A method of the model in a program of vLLM's, whose mesh is called by our names meanwhile."""
+        layout = self.model.layout
+        names = jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh) if isinstance(layout, MeshLayout) else None
+        with matmul_precision(self.model.dtype), names or nullcontext():
+            return apply(self.model, self.params, *arguments, **named)
+
+
+def own_mesh(mesh: Mesh) -> Mesh | None:
+    """The devices of vLLM's mesh under our names; `None` for one device.
+
+    Sequences, and with them the cache, are spread over `attn_dp`, our `expert`, which experts are spread over too.
+    """
+    if mesh.size == 1:
+        return None
+    data, spread = mesh.shape["data"], mesh.shape["attn_dp"] * mesh.shape["attn_dp_expert"]
+    return Mesh(mesh.devices.reshape(data, 1, spread, -1), AXES)
 
 
 @partial(jax.jit, static_argnums=0)
