@@ -57,15 +57,16 @@ def test_flags_are_handed_on(executed, tmp_path):
     key = tmp_path / "key"
     key.write_text("secret\n")
     arguments, environment = executed(
-        "vl2-nano", "--mesh", "expert=4", "--weights", "int8", "--dtype", "float32", "--max-num-seqs", "32",
+        "vl2-nano", "--mesh", "expert=3", "--weights", "int8", "--dtype", "float32", "--max-num-seqs", "32",
         "--no-enable-prefix-caching", "--api-key-file", str(key), "--served-model-name", "a",
-        "--served-model-name", "b", "--allowed-media-domains", "Images.example.org", "--limit-mm-per-prompt", '{"image": 2}', "--port", "81",
+        "--served-model-name", "b", "--allowed-media-domains", "Images.example.org",
+        "--limit-mm-per-prompt", '{"image": 2}', "--port", "81",
         "--no-verify",
     )  # fmt: skip
     told = json.loads(value(arguments, "--additional-config"))
     assert told["vl2"] == {"model": arguments[0], "weights": "int8", "verify": False}
-    assert told["sharding"]["sharding_strategy"]["attn_dp_size"] == 4
-    assert value(arguments, "--tensor-parallel-size") == "4"
+    assert told["sharding"]["sharding_strategy"]["attn_dp_size"] == 3
+    assert value(arguments, "--tensor-parallel-size") == "3"
     assert value(arguments, "--dtype") == "float32"
     assert value(arguments, "--max-num-seqs") == "32"
     assert "--no-enable-prefix-caching" in arguments
@@ -82,6 +83,7 @@ def test_flags_are_handed_on(executed, tmp_path):
         (["--num-pages", "9"], "knows no --num-pages"),
         (["--honor-detail"], "knows no --honor-detail"),
         (["--mesh", "tensor=2"], "--mesh is 'tensor=2'; with --engine vllm it is expert=N"),
+        (["--mesh", "expert=4"], "divide the 6 heads of this model, not 4"),
         (["--api-key", "a", "--api-key", "b"], "takes one key"),
         (["--max-model-len", "4096"], "context holds 1024"),
         (["--port", "70000"], "0 to 65535"),

@@ -75,7 +75,13 @@ def command(
       plugin: `settings.Settings` beside the model.
       flags: further ones, as vLLM takes them.
       environment: of this process.
+
+    Raises:
+      RequestError: a number of devices that vLLM does not take.
     """
+    heads = config.language_config.num_attention_heads
+    if heads % devices:
+        raise RequestError(f"vLLM takes numbers of devices that divide the {heads} heads of this model, not {devices}.")
     processor = read_processor_config(directory)
     size = processor.tile_size
     rasters = [(width // size, height // size) for width, height in processor.candidate_resolutions]
