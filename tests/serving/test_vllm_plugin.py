@@ -72,7 +72,7 @@ def metadata(done, new, rows):
     return SimpleNamespace(**{name: jnp.asarray(values, jnp.int32) for name, values in ints.items()})
 
 
-@pytest.mark.parametrize("family", ["nano-tiny", "nano-small", "nano-base"])
+@pytest.mark.parametrize("family", ["nano-tiny", "nano-base"])  # heads and latents
 def test_steps_of_the_model_give_the_logits_of_the_whole_prompt(theirs, first_layers, family):
     """Chunks of odd lengths and single tokens, filled up to 64 or 8 rows, over pages in no order."""
     from vl2_jax.serving.vllm.model import DeepseekVL2

@@ -52,9 +52,7 @@ class DeepseekVL2(nnx.Module):
         from vl2_jax.api import load
 
         del rng_key
-        options = asdict(self.settings)
-        options["weights"] = options["weights"] or "arrays"
-        vl2 = load(**options, dtype=self.dtype.name, mesh=own_mesh(self.mesh))
+        vl2 = load(**asdict(self.settings), dtype=self.dtype.name, mesh=own_mesh(self.mesh))
         processor = vl2.processor
         self.model = vl2.model
         self.token_grid, self.global_view_first = processor.config.token_grid, processor.global_view_first
@@ -87,12 +85,14 @@ class DeepseekVL2(nnx.Module):
           The arrays, the rows after the last norm, and two results that nothing asks for.
         """
         del input_positions, others
-        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed_input_ids(input_ids)
         step = Step(attention_metadata, self.mesh)
         number_of = dict(layer_map)
         order = [number_of.get(f"layer.{i}", i) for i in range(len(kv_caches))]
         out = self._apply(
-            x[:, None],
+            inputs_embeds[:, None],
             attention_metadata.input_positions[:, None],
             segments=step.exists()[:, None].astype(jnp.int32),
             cache=tuple(kv_caches[i] for i in order),
