@@ -88,24 +88,14 @@ class DeepseekVL2(nnx.Module):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
-        step = Step(attention_metadata, self.mesh)
         number_of = dict(layer_map)
         order = [number_of.get(f"layer.{i}", i) for i in range(len(kv_caches))]
-        out = self._apply(
-            inputs_embeds[:, None],
-            attention_metadata.input_positions[:, None],
-            segments=step.exists()[:, None].astype(jnp.int32),
-            cache=tuple(kv_caches[i] for i in order),
-            pages=EngineCache(step),
-            method="decode",
-        )
-        new = list(kv_caches)
-        for i, cache in zip(order, out.cache):
-            new[i] = cache
-        return new, out.hidden[:, 0], [], None
+        ordered = [kv_caches[i] for i in order]
+        new, hidden = decode(self.model, self.params, ordered, inputs_embeds, attention_metadata, self.mesh)
+        return [new[order.index(i)] for i in range(len(new))], hidden, [], None
 
     def compute_logits(self, hidden: Float[Array, "n D"]) -> Float[Array, "n V"]:
-        return self._apply(hidden, method="logits")
+        return in_own_names(self.model, self.params, hidden, method="logits")
 
     def embed_input_ids(
         self,
@@ -115,7 +105,7 @@ class DeepseekVL2(nnx.Module):
         is_multimodal: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T D"]:
         """Rows of text, and of pictures where `is_multimodal` says so, in the order in which `pictures` has them."""
-        x = self._apply(ids[:, None], method="embed")[:, 0]
+        x = in_own_names(self.model, self.params, ids[:, None], method="embed")[:, 0]
         if pictures is None or is_multimodal is None:
             return x
         rows = jnp.take(pictures, jnp.maximum(jnp.cumsum(is_multimodal) - 1, 0), axis=0)
@@ -150,12 +140,34 @@ class DeepseekVL2(nnx.Module):
         """Parts that hold anything outside of JAX: none."""
         return ()
 
-    def _apply(self, *arguments: Any, **named: Any) -> Any:
-        """A method of the model in a program of vLLM's, whose mesh is called by our names meanwhile."""
-        layout = self.model.layout
-        names = jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh) if isinstance(layout, MeshLayout) else None
-        with matmul_precision(self.model.dtype), names or nullcontext():
-            return apply(self.model, self.params, *arguments, **named)
+
+def decode(
+    model: VL2Model,
+    params: Params,
+    caches: Sequence[Array],
+    x: Float[Array, "T D"],
+    metadata: Any,
+    mesh: Mesh,
+) -> tuple[Sequence[Array], Float[Array, "T D"]]:
+    """One step of the decoder over vLLM's caches, an array a layer: the caches, and the rows after the last norm.
+
+    Args:
+      metadata: vLLM's `AttentionMetadata`.
+      mesh: vLLM's.
+    """
+    step = Step(metadata, mesh)
+    positions, exists = metadata.input_positions[:, None], step.exists()[:, None].astype(jnp.int32)
+    more: Any = {"segments": exists, "cache": tuple(caches), "pages": EngineCache(step)}
+    out = in_own_names(model, params, x[:, None], positions, method="decode", **more)
+    return out.cache, out.hidden[:, 0]
+
+
+def in_own_names(model: VL2Model, params: Params, *arguments: Any, **named: Any) -> Any:
+    """A method of the model in a program of vLLM's, whose mesh is called by our names meanwhile."""
+    layout = model.layout
+    names = jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh) if isinstance(layout, MeshLayout) else None
+    with matmul_precision(model.dtype), names or nullcontext():
+        return apply(model, params, *arguments, **named)
 
 
 def own_mesh(mesh: Mesh) -> Mesh | None:
