@@ -38,6 +38,7 @@ def address(tmp_path_factory):
     command = [sys.executable, "-m", "vl2_jax.cli", "serve", SHIPPED, "--engine", "vllm", "--port", str(port)]
     command += ["--dtype", "float32", "--max-num-seqs", "4"]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths, "VL2_API_KEY": KEY}
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # the engine has a process of its own
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     try:

@@ -3,7 +3,7 @@
 It is found by its folder `vl2_on_cpu-0.dist-info` where this folder is on `PYTHONPATH`.
 """
 
-MEMORY = 2 << 30  # of a device, for weights and cache
+MEMORY = 1 << 29  # of a device, for weights and cache
 
 
 def patch() -> None:
