@@ -8,7 +8,7 @@ TESTS ?= tests
 comma := ,
 AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
-.PHONY: demo serve load test test-slow peers tpu lint setup wheel clean
+.PHONY: demo serve load test test-slow peers tpu vllm lint setup wheel clean
 
 demo: $(VENV)/.ready-demo
 	@mkdir -p out
@@ -37,6 +37,11 @@ tpu:
 	$(MAKE) .venv-tpu/.ready-tpu VENV=.venv-tpu
 	.venv-tpu/bin/python -m pytest -n $(WORKERS) -q tests/tpu
 	.venv-tpu/bin/python benchmarks/kernels.py --sizes small --tokens 8 512
+
+# vLLM pins 260 packages, 10 GB of them, and the newest JAX: an environment of its own, with Python 3.12. On a CPU.
+vllm:
+	$(MAKE) .venv-vllm/.ready-vllm-test VENV=.venv-vllm PYTHON=$(if $(filter python3,$(PYTHON)),python3.12,$(PYTHON))
+	.venv-vllm/bin/python -m pytest -q tests/vllm
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

@@ -1,12 +1,14 @@
 """The documentation is true: links lead where they say, and every notebook runs."""
 
 import ast
+import math
 import re
 from pathlib import Path
 
 import jupytext
 import nbclient
 import pytest
+import yaml
 
 from docs.links import PAGES, ROOT, wrong_links
 
@@ -36,6 +38,33 @@ def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_manifest_of_slices_fits_together():
+    """Chips, hosts and the mesh; what drains ends in time; what is mounted and selected is there."""
+    replica, service = yaml.safe_load_all((ROOT / "docs" / "gke-vllm.yaml").read_text())
+    template = replica["spec"]["leaderWorkerTemplate"]
+    leader = template["leaderTemplate"]
+    for pod in (leader["spec"], template["workerTemplate"]["spec"]):
+        (container,) = pod["containers"]
+        sides = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+        chips = template["size"] * container["resources"]["limits"]["google.com/tpu"]
+        assert chips == math.prod(map(int, sides))
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+    (server,) = leader["spec"]["containers"]
+    command = server["args"][0]
+    assert f"--mesh expert={chips} " in command
+    before, drains = (
+        server["lifecycle"]["preStop"]["exec"]["command"][1],
+        re.search(r"--drain-seconds (\d+)", command)[1],
+    )
+    assert int(before) + int(drains) < leader["spec"]["terminationGracePeriodSeconds"]
+    (port,) = server["ports"]
+    assert server["readinessProbe"]["httpGet"] == {"path": "/health", "port": port["containerPort"]}
+    assert service["spec"]["ports"][0]["targetPort"] == port["containerPort"]
+    assert service["spec"]["selector"].items() <= leader["metadata"]["labels"].items()
+    assert yaml.safe_load((ROOT / "docs" / "gke-jobset.yaml").read_text())["kind"] == "JobSet"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,7 +23,7 @@ _LARGEST_KEY_FILE = 1 << 16
 
 
 @dataclass(frozen=True)
-class EngineFlags:
+class LimitFlags:
     """How much is taken on.
 
     Attributes:
@@ -80,9 +80,10 @@ class DoorFlags:
 def serve(
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")] = "",
     model: OptionalModel = NO_MODEL,
-    engine: tyro.conf.OmitArgPrefixes[EngineFlags] = EngineFlags(),
+    limits: tyro.conf.OmitArgPrefixes[LimitFlags] = LimitFlags(),
     door: tyro.conf.OmitArgPrefixes[DoorFlags] = DoorFlags(),
     mesh: str | None = None,
+    engine: Literal["own", "vllm"] = "own",
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API.
 
@@ -91,16 +92,23 @@ def serve(
     Args:
         name: As --model.
         mesh: Spread the model over this machine's devices: auto, expert, or sizes such as expert=4,tensor=2.
+        engine: own, in this process; or vllm, which runs this model on TPUs by a plug-in (docs/serving.md), and which
+          this process becomes.
     """
     if bool(name) == bool(model.model):
         raise RequestError("serve needs a model, once: vl2 serve MODEL, or --model MODEL.")
     model = dataclasses.replace(model, model=name or model.model)
+    if engine == "vllm":
+        from vl2_jax.cli.serve_vllm import become_vllm
+
+        become_vllm(model, limits, door, mesh)
+        return
     try:
         from vl2_jax.serving.http import server
         from vl2_jax.serving.http.service import Service
     except ModuleNotFoundError as error:
         raise VL2Error(f"serving needs {error.name!r}: {install_line('serve')}") from None
-    settings = _settings(model, engine, door, mesh)  # what is wrong is told before a port is taken and weights are read
+    settings = _settings(model, limits, door, mesh)  # what is wrong is told before a port is taken and weights are read
     options = model.options(Devices(mesh))
     listener = server.bind(door.host, door.port)
     host, port = listener.getsockname()[:2]
@@ -127,7 +135,7 @@ def serve(
         server.run(Service(settings), listener, load, door.drain_seconds, display, when_ready)
 
 
-def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, mesh: str | None) -> Any:
+def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mesh: str | None) -> Any:
     from vl2_jax.api import find_model
     from vl2_jax.config import read_config
     from vl2_jax.model.attention import checked_cache
@@ -141,28 +149,21 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
     from vl2_jax.serving.room import pages_for
     from vl2_jax.weights import stored_and_computed
 
-    _check_at_least(1, engine, "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens")
-    _check_at_least(1, engine, "num_pages")
-    _check_at_least(1024, door, "max_body_bytes")
-    _check_at_least(0, door, "drain_seconds")
-    if not 0 <= door.port < 1 << 16:
-        raise RequestError(f"--port is {door.port}; expected a number from 0 to 65535.")
-    keys = _keys(door)
+    check_flags(flags, door)
+    keys = keys_of(door)
     domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
     for domain in domains:
         fetching.check_domain(domain)
     cache, directory = checked_cache(model.cache), find_model(model.model)
     config = read_config(directory)
-    context = config.language_config.max_position_embeddings
-    if engine.max_model_len is not None and engine.max_model_len > context:
-        raise RequestError(f"--max-model-len is {engine.max_model_len}; the model's context holds {context}.")
+    check_context(flags, config)
     limits = Limits(
-        max_running=engine.max_num_seqs,
-        max_waiting=engine.max_num_queued_reqs,
-        max_waiting_tokens=engine.max_num_queued_tokens,
-        context=engine.max_model_len,
-        pages=engine.num_pages,
-        prefix_cache=engine.enable_prefix_caching,
+        max_running=flags.max_num_seqs,
+        max_waiting=flags.max_num_queued_reqs,
+        max_waiting_tokens=flags.max_num_queued_tokens,
+        context=flags.max_model_len,
+        pages=flags.num_pages,
+        prefix_cache=flags.enable_prefix_caching,
     )
     if mesh is None:  # how weights and cache are spread over one is the mesh's to know
         pages_for(config, *stored_and_computed(directory, config, model.dtype, model.weights), limits, cache)
@@ -170,13 +171,30 @@ def _settings(model: OptionalModelFlags, engine: EngineFlags, door: DoorFlags, m
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,
         limits=limits,
-        pictures=PictureLimits(most=_most_pictures(door.limit_mm_per_prompt, PictureLimits.most)),
+        pictures=PictureLimits(most=most_pictures(door.limit_mm_per_prompt, PictureLimits.most)),
         media_domains=domains,
         defaults=Defaults.read(door.override_generation_config),
         honor_detail=door.honor_detail,
         hosts=frozenset(names_of_loopback(door.host)) if is_loopback(door.host) and not keys else None,
         most_body=door.max_body_bytes,
     )
+
+
+def check_flags(flags: LimitFlags, door: DoorFlags) -> None:
+    """Raises RequestError for a number that is out of bounds."""
+    _check_at_least(1, flags, "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens")
+    _check_at_least(1, flags, "num_pages")
+    _check_at_least(1024, door, "max_body_bytes")
+    _check_at_least(0, door, "drain_seconds")
+    if not 0 <= door.port < 1 << 16:
+        raise RequestError(f"--port is {door.port}; expected a number from 0 to 65535.")
+
+
+def check_context(flags: LimitFlags, config: Any) -> None:
+    """Raises RequestError for more than the model's context."""
+    context = config.language_config.max_position_embeddings
+    if flags.max_model_len is not None and flags.max_model_len > context:
+        raise RequestError(f"--max-model-len is {flags.max_model_len}; the model's context holds {context}.")
 
 
 def _check_at_least(least: int, flags: Any, *names: str) -> None:
@@ -186,7 +204,7 @@ def _check_at_least(least: int, flags: Any, *names: str) -> None:
             raise RequestError(f"--{name.replace('_', '-')} is {value}; expected at least {least}.")
 
 
-def _keys(door: DoorFlags) -> tuple[str, ...]:
+def keys_of(door: DoorFlags) -> tuple[str, ...]:
     """The keys of flags, of a file or of the environment.
 
     Raises:
@@ -211,7 +229,7 @@ def _keys(door: DoorFlags) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _most_pictures(given: str | None, usual: int) -> int:
+def most_pictures(given: str | None, usual: int) -> int:
     """The number of pictures of `--limit-mm-per-prompt`."""
     if given is None:
         return usual

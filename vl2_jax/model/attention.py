@@ -6,6 +6,7 @@ A cache holds position s of every sequence in slot s of its pages (`ops.paging`)
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -54,6 +55,39 @@ LayerCache = AnyLatentPages | AnyHeadPages  # of each sequence, `[B, n, ...]`, o
 
 _ROWS: Axes = ("batch", None, None)
 _BY_HEAD: Axes = ("batch", None, "heads", None)
+_KV_B: tuple[Axes, ...] = ((None, "heads"), (None, None), (None, "heads"))  # latents to keys and values, an adapter
+
+
+class OuterCache(ABC):
+    """Attention over a cache that somebody else lays out and fills, such as another serving engine.
+
+    Both methods write the new rows and attend to everything of each row's own sequence up to its own position. Which
+    sequence a row is of, only the implementation knows, so rows of many sequences may come in one batch of `T = 1`.
+    The cache of a layer is whatever the implementation takes and gives back.
+    """
+
+    @abstractmethod
+    def latents(
+        self,
+        q_latent: Float[Array, "B T H R"],
+        q_rotated: Float[Array, "B T H P"],
+        latents: Float[Array, "B T R"],
+        rotated: Float[Array, "B T P"],
+        cache: Any,
+        scale: float,
+    ) -> tuple[Float[Array, "B T H R"], Any]:
+        """See `ops.latent_attention.api`: the result is mixed latents."""
+
+    @abstractmethod
+    def heads(
+        self,
+        queries: Float[Array, "B T H K"],
+        keys: Float[Array, "B T H K"],
+        values: Float[Array, "B T H K"],
+        cache: Any,
+        scale: float,
+    ) -> tuple[Float[Array, "B T H K"], Any]:
+        """See `ops.multi_head_attention.api`."""
 
 
 class Placement(NamedTuple):
@@ -64,7 +98,8 @@ class Placement(NamedTuple):
     tables: tuple[Float[Array, "B T P/2"], Float[Array, "B T P/2"]]  # of the rotation, see `rope`
     documents: Int[Array, "B T"] | None = None  # of a packed batch without a cache: see `ops.flash_attention`
     exists: Bool[Array, "B T"] | None = None  # nobody uses the results of others, and no expert computes them
-    pages: Int[Array, "B per"] | None = None  # the table of a cache that sequences share, see `ops.paging.pages`
+    # The table of a cache that sequences share, see `ops.paging.pages`, or what attends to a cache that is not ours.
+    pages: Int[Array, "B per"] | OuterCache | None = None
 
 
 class LatentAttention(nn.Module):
@@ -115,10 +150,23 @@ class LatentAttention(nn.Module):
         kv_b, factors = widened(kv_b, self.dtype), adapter_of(self, "kv_b_proj", self.dtype) or ()
         scale = softmax_scale(config)
         with jax.named_scope("latent_attention"):
-            if cache is not None:
+            if isinstance(placement.pages, OuterCache):
+                axes = [_BY_HEAD, *_KV_B[: 1 + len(factors)]]
+
+                def into(*parts: Array) -> tuple[Array]:
+                    return (to_latents(*parts),)
+
+                def out_of(mixed: Array, kv_b: Array, *factors: Array) -> tuple[Array]:
+                    return (to_values(mixed, kv_b, nope, *factors),)
+
+                own = self.layout.on_own_parts
+                (q_latent,) = own(into, axes, [_BY_HEAD], q_nope, kv_b, *factors)
+                mixed, cache = placement.pages.latents(q_latent, q_rope, latent, k_rope, cache, scale)
+                (out,) = own(out_of, axes, [_BY_HEAD], mixed, kv_b, *factors)
+            elif cache is not None:
                 attention = partial(attend_to_latents, absorbed=absorbed, scale=scale)
                 arrays = [(q_nope, _BY_HEAD), (q_rope, _BY_HEAD), (latent, _ROWS), (k_rope, _ROWS)]
-                arrays += zip((kv_b, *factors), ((None, "heads"), (None, None), (None, "heads")))
+                arrays += zip((kv_b, *factors), _KV_B)
                 out, cache = over_pages(self.layout, attention, arrays, cache, placement)
             elif absorbed:
                 q_rows = jnp.concatenate([to_latents(q_nope, kv_b, *factors), q_rope], axis=-1)
@@ -165,7 +213,9 @@ class MultiHeadAttention(nn.Module):
         )
         queries, keys = (rotate(rows, *placement.tables, interleaved=False) for rows in (queries, keys))
         scale = softmax_scale(config)
-        if cache is None:
+        if isinstance(placement.pages, OuterCache):
+            out, cache = placement.pages.heads(queries, keys, values, cache, scale)
+        elif cache is None:
             out = attend_to_all(queries, keys, values, placement.mask, placement.documents, scale, self.layout)
         else:
             attention = partial(multi_head_attention, scale=scale)
@@ -217,6 +267,7 @@ def over_pages(
       arrays: its first arguments, with the names of their axes.
     """
     begins, table, rows = placement.positions[:, 0], placement.pages, len(arrays)
+    assert not isinstance(table, OuterCache)
     if placement.exists is not None:
         begins = jnp.where(placement.exists.any(axis=1), begins, -1)
 

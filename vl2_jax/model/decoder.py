@@ -20,6 +20,7 @@ from vl2_jax.model.attention import (
     LatentAttention,
     LayerCache,
     MultiHeadAttention,
+    OuterCache,
     Placement,
     cache_axes,
     empty_pages,
@@ -84,7 +85,7 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
         absorbed: bool | None = None,
         packed: bool = False,
-        pages: Int[Array, "B per"] | None = None,
+        pages: Int[Array, "B per"] | OuterCache | None = None,
     ) -> DecoderOutput:
         """Runs all layers.
 
@@ -96,7 +97,8 @@ class Decoder(nn.Module):
           cache: rows of the positions before; a query sees the slots up to its own position.
           absorbed: see `LatentAttention`.
           packed: padding gives nothing that is used, so it need not attend as released.
-          pages: the table of a cache whose pages any sequence may have (`init_pages`).
+          pages: the table of a cache whose pages any sequence may have (`init_pages`), or what attends to a cache that
+            is not ours.
         """
         mask = _causal_mask(positions, segments) if cache is None else None
         exists = None if cache is None or segments is None else segments > 0
@@ -110,7 +112,7 @@ class Decoder(nn.Module):
             layer_cache = None if cache is None else cache[i]
             x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
             x = self.layout.constrain(x, "batch", None, None)
-            if layer_cache is not None:
+            if layer_cache is not None and not isinstance(pages, OuterCache):
                 layer_cache = laid_out(layer_cache, self.layout)
             self.sow("intermediates", "layer_out", x)
             new_cache.append(layer_cache)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
 from vl2_jax.config import VL2Config
-from vl2_jax.model.attention import CacheKind
+from vl2_jax.model.attention import CacheKind, OuterCache
 from vl2_jax.model.decoder import Cache, Decoder, DecoderOutput
 from vl2_jax.model.layers import ADAPTERS, ONE_DEVICE, Dtype, Layout, declare
 from vl2_jax.model.moe import Routing
@@ -95,7 +95,7 @@ class VL2Model(nn.Module):
         cache: Cache | None = None,
         absorbed: bool | None = None,
         packed: bool = False,
-        pages: Int[Array, "B per"] | None = None,
+        pages: Int[Array, "B per"] | OuterCache | None = None,
     ) -> DecoderOutput:
         """See `Decoder.__call__`."""
         return self.language(x, positions, segments, cache, absorbed, packed, pages)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from PIL import Image
 
 from vl2_jax.config import ProcessorConfig, VL2Config, read_config, read_processor_config
 from vl2_jax.errors import ConversationError, shown
@@ -157,17 +158,31 @@ class Processor:
           ImageError: see `load_image`.
         """
         messages = read_messages(conversation)
-        pieces = self._pieces(messages)
-        if inference:
-            if messages[-1]["role"] != "assistant":
-                raise ConversationError(
-                    "the last message must be the assistant's, with empty content (or the beginning of the answer), "
-                    f"got role {messages[-1]['role']!r}."
-                )
-            pieces.pop()
+        pieces = self._open_pieces(messages) if inference else self._pieces(messages)
         images = [image for message in messages for image in message["images"]]
         encoded = self._assemble(pieces, images, render(messages), mask_prompt=self.config.mask_prompt)
         return dataclasses.replace(encoded, begun=messages[-1]["content"].strip()) if inference else encoded
+
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """Ids as of `encode`, but one `image_id` for each picture, whatever it shows: its positions come later.
+
+        Raises:
+          ConversationError: see `encode`.
+        """
+        ids: list[int] = []
+        for piece in self._open_pieces(read_messages(conversation)):
+            ids += [self.tokenizer.image_id] if piece.kind == "image" else self._ids_of(piece)
+        return ids
+
+    def cut(self, picture: Image.Image, is_tiled: bool) -> tuple[tuple[int, int], np.ndarray]:
+        """Local tiles (across, down) of a picture that is loaded, and uint8 `[tiles, S, S, 3]`, its global view first.
+
+        Args:
+          is_tiled: False is of a conversation with more than `MAX_TILED_IMAGES` pictures.
+        """
+        size, candidates = self.config.tile_size, self.config.candidate_resolutions
+        best = select_best_resolution(picture.size, candidates if is_tiled else candidates[:1])
+        return (best[0] // size, best[1] // size), cut_tiles(picture, best, size)
 
     def encode_apart(self, conversations: Sequence[Conversation]) -> Encoded:
         """Closed conversations that begin with the same pictures as one document, for `training.packing.pack`.
@@ -243,13 +258,18 @@ class Processor:
     def _pieces(self, messages: Conversation) -> list[Piece]:
         return pieces_of_conversation(messages, "bos", "eos", self.as_released)
 
+    def _open_pieces(self, messages: Conversation) -> list[Piece]:
+        """Pieces up to where the model goes on, inside of the last answer."""
+        if messages[-1]["role"] != "assistant":
+            raise ConversationError(
+                "the last message must be the assistant's, with empty content (or the beginning of the answer), "
+                f"got role {messages[-1]['role']!r}."
+            )
+        return self._pieces(messages)[:-1]
+
     def _assemble(self, pieces: list[Piece], images: Sequence[Picture], text: str, mask_prompt: bool) -> Encoded:
         pictures = [load_image(i, max_pixels=self.max_pixels, as_released=self.as_released) for i in images]
         tile_size = self.config.tile_size
-        candidates = self.config.candidate_resolutions
-        if len(pictures) > MAX_TILED_IMAGES:
-            candidates = candidates[:1]
-        encode = self.tokenizer.encode_as_released if self.as_released else self.tokenizer.encode
         ids: list[int] = []
         labels: list[int] = []
         rows: list[int] = []
@@ -257,17 +277,15 @@ class Processor:
         crops: list[tuple[int, int]] = []
         for piece in pieces:
             if piece.kind == "image":
-                picture = pictures[len(crops)]
-                best = select_best_resolution(picture.size, candidates)
-                crop = (best[0] // tile_size, best[1] // tile_size)
+                crop, new_tiles = self.cut(pictures[len(crops)], len(pictures) <= MAX_TILED_IMAGES)
                 new_rows = visual_rows(crop, sum(map(len, tiles)), self.config.token_grid, self.global_view_first)
-                tiles.append(cut_tiles(picture, best, tile_size))
+                tiles.append(new_tiles)
                 crops.append(crop)
                 new_ids = [self.tokenizer.image_id] * len(new_rows)
                 rows += new_rows.tolist()
                 labels += [IGNORED] * len(new_ids)
             else:
-                new_ids = [self._token_id(piece.value)] if piece.kind == "token" else encode(piece.value)
+                new_ids = self._ids_of(piece)
                 rows += [TEXT] * len(new_ids)
                 is_target = piece.is_learned and (piece.is_answer or not mask_prompt)
                 labels += new_ids if is_target else [IGNORED] * len(new_ids)
@@ -282,6 +300,13 @@ class Processor:
             tokens_per_tile=self.config.token_grid**2,
             text=text,
         )
+
+    def _ids_of(self, piece: Piece) -> list[int]:
+        """Ids of a text or a token."""
+        if piece.kind == "token":
+            return [self._token_id(piece.value)]
+        encode = self.tokenizer.encode_as_released if self.as_released else self.tokenizer.encode
+        return encode(piece.value)
 
     def _token_id(self, name: str) -> int:
         if name == "bos":

@@ -105,6 +105,11 @@ def released_tiles(crops: np.ndarray) -> np.ndarray:
     return np.asarray(order, int)
 
 
+def tiles_of(across: int, down: int) -> int:
+    """How many tiles are stored of a picture with so many local ones (see `cut_tiles`)."""
+    return 1 if (across, down) == (1, 1) else 1 + across * down
+
+
 def visual_token_count(crop: tuple[int, int], token_grid: int) -> int:
     """Positions one picture takes in the sequence (SPEC 3.5)."""
     across, down = crop

@@ -128,6 +128,10 @@ class Tokenizer:
         """Bytes that a token can stand for at most: a text of n bytes has at least n / `longest_token` tokens."""
         return max(map(len, self._tokenizer.get_vocab()), default=1)
 
+    def to_json(self) -> str:
+        """The whole tokenizer as `tokenizer.json` holds it, with what was missing."""
+        return self._tokenizer.to_str()
+
     def stream(self) -> AnswerStream:
         return AnswerStream(self)
 

@@ -228,6 +228,22 @@ def encode(
       RequestError: a picture, or all of them, beyond a limit.
       ConversationError: see `Processor.encode`.
     """
+    pictures = load_pictures(limits, files)
+    upright = [picture.size for picture in pictures]
+    for picture, is_low in zip(pictures, low):
+        if is_low:
+            picture.thumbnail((processor.config.tile_size,) * 2)
+    filled = [message | {"images": [pictures[number] for number in message["images"]]} for message in messages]
+    encoded = processor.encode(filled)
+    return replace(encoded, image_sizes=tuple(upright), text="")
+
+
+def load_pictures(limits: PictureLimits, files: Sequence[bytes]) -> list[Image.Image]:
+    """RGB pictures, the right way up, of files, base64 or `data:` addresses, after all headers were looked at.
+
+    Raises:
+      ImageError, RequestError: see `encode`.
+    """
     contents = [_content(file, number) for number, file in enumerate(files, 1)]
     sizes = [_size(content, number, limits) for number, content in enumerate(contents, 1)]
     total = sum(width * height for width, height in sizes)
@@ -236,14 +252,7 @@ def encode(
             f"the pictures hold {total:,} pixels together, more than the limit of {limits.all_pixels:,}; "
             "send fewer or smaller ones."
         )
-    pictures = [_told(number, "decoded", load_image, content) for number, content in enumerate(contents, 1)]
-    upright = [picture.size for picture in pictures]
-    for picture, is_low in zip(pictures, low):
-        if is_low:
-            picture.thumbnail((processor.config.tile_size,) * 2)
-    filled = [message | {"images": [pictures[number] for number in message["images"]]} for message in messages]
-    encoded = processor.encode(filled)
-    return replace(encoded, image_sizes=tuple(upright), text="")
+    return [_told(number, "decoded", load_image, content) for number, content in enumerate(contents, 1)]
 
 
 def _content(file: bytes, number: int) -> bytes:

@@ -1,0 +1,128 @@
+"""`vllm serve` with all that this model needs: the command and its environment, told before anything is imported.
+
+pages of 128        a multiple of 32: with 16, vLLM 0.32 lets sequences read each other's latents. Its own 1024 share
+                    no prompt shorter than that
+attention by data   each device has whole sequences: latents have no heads to be spread
+whole pictures      in one chunk of a prompt, which therefore has room for the largest
+prompts             ours (`prompts`): vLLM's template of this model is off by a space
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_processor_config
+from vl2_jax.errors import RequestError, VL2Error
+from vl2_jax.files import is_file_on, is_remote
+from vl2_jax.installation import install_line
+from vl2_jax.processing.tiling import visual_token_count
+from vl2_jax.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from vl2_jax.serving.vllm.settings import MODE
+
+VERSIONS = {"vllm-tpu": "0.32.0", "tpu-inference": "0.32.0"}  # those of the extra
+_OLDEST_PYTHON = (3, 12)  # that the JAX of these versions runs on
+_PAGE = 128
+_FEWEST_TOKENS = 2048  # of a step
+_HEAD = (CONFIG_FILE, PROCESSOR_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)  # what vLLM's processes read
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is executed."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def check_versions(version_of: Callable[[str], str] = metadata.version) -> None:
+    """Raises VL2Error where vLLM is not here, or is not the one that this plug-in is for."""
+    remedy = f"in an environment of its own: {install_line('vllm')}"
+    if sys.version_info[:2] < _OLDEST_PYTHON:
+        raise VL2Error(f"vLLM needs Python 3.12 and this is {sys.version_info[0]}.{sys.version_info[1]}; {remedy}")
+    for name, wanted in VERSIONS.items():
+        try:
+            found = version_of(name)
+        except metadata.PackageNotFoundError:
+            raise VL2Error(f"--engine vllm needs {name} {wanted}, which is not installed; {remedy}") from None
+        if found != wanted:
+            raise VL2Error(f"--engine vllm is for {name} {wanted} and not for {found}, which is installed; {remedy}")
+
+
+def command(
+    directory: Path,
+    config: VL2Config,
+    *,
+    devices: int,
+    dtype: str | None,
+    context: int | None,
+    plugin: Mapping[str, Any],
+    flags: Sequence[str],
+    environment: Mapping[str, str],
+) -> Command:
+    """How `vllm serve` is called.
+
+    Args:
+      directory: of the model; what vLLM reads of a bucket is copied.
+      devices: over which sequences and experts are spread.
+      context: positions of a prompt and its answer; `None` is the model's.
+      plugin: `settings.Settings` beside the model.
+      flags: further ones, as vLLM takes them.
+      environment: of this process.
+
+    Raises:
+      RequestError: a number of devices that vLLM does not take.
+    """
+    heads = config.language_config.num_attention_heads
+    if heads % devices:
+        raise RequestError(f"vLLM takes numbers of devices that divide the {heads} heads of this model, not {devices}.")
+    processor = read_processor_config(directory)
+    size = processor.tile_size
+    rasters = [(width // size, height // size) for width, height in processor.candidate_resolutions]
+    largest = max(visual_token_count(raster, processor.token_grid) for raster in rasters)
+    most = config.language_config.max_position_embeddings
+    strategy: dict[str, Any] = {"enable_dp_attention": True, "attn_dp_size": devices}
+    told = {"sharding": {"sharding_strategy": strategy}, MODE: {"model": str(directory), **plugin}}
+    arguments = [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(_head_of(directory)),
+        "--tokenizer-mode", MODE,
+        "--generation-config", "vllm",
+        "--dtype", dtype or _stored(config),
+        "--max-model-len", str(min(context or most, most)),
+        "--block-size", str(_PAGE),
+        "--max-num-batched-tokens", str(1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length()),
+        "--disable-chunked-mm-input",
+        "--tensor-parallel-size", str(devices),
+        "--additional-config", json.dumps(told),
+        *flags,
+    ]  # fmt: skip
+    required = {"NEW_MODEL_DESIGN": "1"}
+    wished = {"VLLM_NO_USAGE_STATS": "1"}
+    return Command(tuple(arguments), {**wished, **environment, **required})
+
+
+def _stored(config: VL2Config) -> str:
+    """The dtype to compute in: what the checkpoint holds, of what a TPU computes with."""
+    return "float32" if config.torch_dtype == "float32" else "bfloat16"
+
+
+def _head_of(directory: Path) -> Path:
+    """A folder on this machine with the small files of a model, which may lie on a bucket."""
+    if not is_remote(directory):
+        return directory
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+    folder = Path.home() / ".cache" / "vl2-jax" / "vllm" / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in _HEAD:
+            if is_file_on(directory / file):
+                (folder / file).write_bytes((directory / file).read_bytes())
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be written ({error.strerror or error}); it is for vLLM to read.") from None
+    return folder
