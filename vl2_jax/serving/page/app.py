@@ -87,7 +87,7 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
         with gr.Row(elem_id="main"):
             with gr.Column(scale=7, min_width=320, elem_id="conversation"):
                 chat = gr.Chatbot(
-                    show_label=False, elem_id="chat", height="66vh", min_height=360, layout="bubble", buttons=[],
+                    show_label=False, elem_id="chat", min_height=360, layout="bubble", buttons=[],
                     editable="user", render_markdown=False, latex_delimiters=[], allow_file_downloads=False,
                     allow_tags=False, feedback_options=None, examples=cards,
                     placeholder="### Ask about pictures\nDrop, paste or photograph some, or begin with an example.",

@@ -20,6 +20,7 @@ _TAG = re.compile(r"<\|/?(?:ref|det|grounding)\|>")
 _BEGUN = re.compile(r"<(?:\|/?[a-z]*\|?)?\Z")  # what may become a tag with the next piece
 _MARKUP = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#|[a-zA-Z])")  # where a tag or a character reference may begin
 _WHOLE = (1000, 1000)
+_ROOM, _ROOM_ACROSS = 12, 40  # percent of a picture that a label needs above a box, and to its right
 
 
 def question_text(question: str) -> str:
@@ -71,7 +72,7 @@ def figure_html(picture: Picture, boxes: Sequence[Box], saved: Path | None = Non
     for number, box in sorted(enumerate(boxes), key=lambda one: -_area(one[1])):  # small ones on top
         (x1, x2), (y1, y2) = _within(box.x1, box.x2, width), _within(box.y1, box.y2, height)
         label = escape(box.label or f"box {number + 1}")
-        side = " below" if y1 < 12 else ""  # of a hundred: no room above
+        side = (" below" if y1 < _ROOM else "") + (" left" if x1 > 100 - _ROOM_ACROSS else "")  # where there is room
         drawn.append(
             f'<span class="box c{number % len(COLOURS)}{side}" tabindex="0" role="img" aria-label="{label}" '
             f'style="left:{x1:.2f}%;top:{y1:.2f}%;width:{x2 - x1:.2f}%;height:{y2 - y1:.2f}%"><b>{label}</b></span>'
