@@ -1,4 +1,4 @@
-"""From a question to its answer, without a browser: the server's own service, before an engine that follows a script."""
+"""From a question to its answer, without a browser: the server's service, and an engine that follows a script."""
 
 import asyncio
 import io

@@ -1,6 +1,6 @@
 """What goes wrong, who may come in, and every screen: bad pictures, hostile answers, two users, phones, the dark."""
 
-import threading
+import re
 
 import httpx
 import pytest
@@ -12,7 +12,8 @@ from ...serving.pictures import png
 HOSTILE = (
     '<img src=x onerror="window.hacked=1"><script>window.hacked=1</script> '
     '<a href="javascript:window.hacked=1">here</a> ![x](https://evil.example/x.png) '
-    "<|ref|><img src=x onerror=window.hacked=1><|/ref|><|det|>[[__import__('os').abort(), 1, 2, 3], [1, 2, 300, 400]]<|/det|>"
+    "<|ref|><img src=x onerror=window.hacked=1><|/ref|><|det|>[[__import__('os').abort(), 1, 2, 3], "
+    "[1, 2, 300, 400]]<|/det|>"
 )
 
 
@@ -56,17 +57,11 @@ def test_a_file_of_too_many_bytes_gets_a_sentence(site, tab, monkeypatch):
 
 
 def test_two_users_at_once_have_their_own_conversations(site, browser):
-    both = threading.Barrier(2, timeout=20)
-    seen = []
-
     def script(request):
-        width = request.prompt.image_sizes[0][0]
-        if len(seen) < 2 and request not in seen:
-            seen.append(request)
-        return f"<|ref|>width {width}<|/ref|><|det|>[[0, 0, 500, 500]]<|/det|> " + "and so on " * 10
+        width, _ = request.prompt.image_sizes[0]
+        return f"<|ref|>width {width}<|/ref|><|det|>[[0, 0, 500, 500]]<|/det|> " + "and so on " * 30
 
     site.engine.script, site.engine.seconds = script, 0.03
-    del both
     tabs = [site.open(browser), site.open(browser)]
     for tab, width in zip(tabs, (200, 300)):
         tab.add(("scene.png", png((width, 200))))
@@ -74,7 +69,7 @@ def test_two_users_at_once_have_their_own_conversations(site, browser):
         tab.ask("How wide?", waits=False)
     expect(tabs[0].writing).to_have_count(1)
     expect(tabs[1].writing).to_have_count(1)
-    assert len(site.engine.running) == 2
+    wait_until(lambda: len(site.engine.running) == 2)
     for tab, width in zip(tabs, (200, 300)):
         tab.wait()
         expect(tab.page.locator(".mention")).to_have_text([f"width {width}"])
@@ -108,26 +103,28 @@ def test_a_phone_shows_all_of_it_and_asks(site, browser, picture):
     tab.page.close()
 
 
-def test_the_page_is_dark_or_light_as_the_system_is_or_the_reader_chooses(site, browser):
-    def brightness(tab) -> list[float]:
-        told = [
-            tab.page.locator(f"{selector}").first.evaluate(f"element => getComputedStyle(element).{style}")
-            for selector, style in (("body", "backgroundColor"), ("#status b", "color"))
-        ]
-        return [
-            sum(int(part) for part in text[text.index("(") + 1 :].rstrip(")").split(",")[:3]) / 765 for text in told
-        ]
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_dark_or_light_as_the_system_is_or_the_reader_chooses(site, browser, scheme):
+    def looks(tab) -> str:
+        """By its ground, against which its letters stand out."""
+        ground, letters = (
+            sum(int(part) for part in re.findall(r"\d+", tab.page.locator(selector).first.evaluate(of))[:3]) / 765
+            for selector, of in (
+                ("body", "element => getComputedStyle(element).backgroundColor"),
+                ("#status b", "element => getComputedStyle(element).color"),
+            )
+        )
+        return "dark" if letters - ground > 0.7 else "light" if ground - letters > 0.7 else "neither"
 
-    for scheme in ("light", "dark"):
-        tab = site.open(browser, color_scheme=scheme)
-        ground, letters = brightness(tab)
-        assert (ground > 0.9 and letters < 0.2) if scheme == "light" else (ground < 0.1 and letters > 0.8)
-        tab.page.click("#theme")
-        assert (brightness(tab)[0] < 0.5) is (scheme == "light")
-        tab.page.reload()
-        expect(tab.question).to_be_editable()
-        assert (brightness(tab)[0] < 0.5) is (scheme == "light")
-        tab.page.close()
+    other = {"light": "dark", "dark": "light"}[scheme]
+    tab = site.open(browser, color_scheme=scheme)
+    wait_until(lambda: looks(tab) == scheme)
+    tab.page.click("#theme")
+    wait_until(lambda: looks(tab) == other)
+    tab.page.reload()
+    expect(tab.question).to_be_editable()
+    wait_until(lambda: looks(tab) == other)
+    tab.page.close()
 
 
 def test_a_model_that_is_compiling_tells_how_far_it_is_and_answers_when_it_is_there(serve_page, browser, processor):

@@ -101,6 +101,9 @@ def test_pictures_are_pasted_and_dropped(site, tab, picture, event):
 def test_a_photograph_goes_into_the_question(site, tab):
     tab.page.click("#camera")
     tab.page.get_by_text("Click to Access Webcam").click()
+    wait_until(
+        lambda: tab.page.locator("#lens video").evaluate("video => video.readyState > 1 && video.videoWidth > 0")
+    )
     tab.page.locator("#lens").get_by_label("capture photo").click()
     expect(tab.page.locator("#box img")).to_have_count(1)
     expect(tab.page.locator("#lens")).to_have_count(0)
@@ -144,7 +147,7 @@ def test_a_past_question_is_changed_and_what_followed_is_forgotten(site, tab, pi
     tab.press("Submit", 0)
     expect(tab.answers).to_have_count(1)
     tab.wait()
-    assert "three <i>x</i> & y" in tab.said()[0]
+    assert "three <i>x</i> & y" in tab.said()
     expect(tab.page.locator(".sent img")).to_have_count(1)
     prompt = site.engine.requests[-1].prompt
     text = site.running.service.processor.tokenizer.decode(

@@ -7,7 +7,7 @@ questions, numbers of turns and settings, all of which are checked like those of
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
                 chat = gr.Chatbot(
                     show_label=False, elem_id="chat", min_height=360, layout="bubble", buttons=[],
                     editable="user", render_markdown=False, latex_delimiters=[], allow_file_downloads=False,
-                    allow_tags=False, feedback_options=None, examples=cards,
+                    allow_tags=False, feedback_options=None, examples=cards, group_consecutive_messages=False,
                     placeholder="### Ask about pictures\nDrop, paste or photograph some, or begin with an example.",
                 )  # fmt: skip
                 lens = gr.Image(
@@ -144,7 +144,9 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
                 yield update
 
         async def edit(data: gr.EditData, talk: Talk, *settings: Any) -> AsyncIterator[tuple[Any, ...]]:
-            async for update in ask_again(_turn_of(data.index), html.question_of(str(data.value)), talk, *settings):
+            async for update in ask_again(
+                _turn_of(talk, data.index), html.question_of(str(data.value)), talk, *settings
+            ):
                 yield update
 
         async def show(data: gr.SelectData, talk: Talk, *settings: Any) -> AsyncIterator[tuple[Any, ...]]:
@@ -176,7 +178,7 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
         for event in (again.click, chat.clear):
             event(clear, talk, shown, **quick)
         camera.click(_opened_or_closed, is_open, [lens, is_open], **quick)
-        lens.input(_photographed, [lens, box], [box, lens, is_open], **quick)
+        lens.change(_photographed, [lens, box], [box, lens, is_open], **quick)
         theme.click(None, None, None, js="() => vl2SwitchTheme()", api_visibility="private")
         timer = gr.Timer(_LOOKS)
         timer.tick(lambda: (_status(service), gr.Timer(active=service.stage.name in ("loading", "compiling"))), None,
@@ -217,28 +219,37 @@ class _OwnContent:
 
 def _view(talk: Talk) -> tuple[list[dict[str, Any]], str, str]:
     """The conversation, its tiles and what the last answer took, for the parts that show them."""
-    messages: list[dict[str, Any]] = []
-    for turn in talk.turns:
-        pictures = [gr.HTML(html.sent_html(turn.pictures), padding=False)] if turn.pictures else []
-        messages.append({"role": "user", "content": [*pictures, html.question_text(turn.question)]})
-        messages.append({"role": "assistant", "content": gr.HTML(html.answer_html(turn, talk.pictures), padding=False)})
+    messages = [message for _, message in _messages(talk)]
     return messages, html.tiles_html(talk), html.footer_html(talk.turns[-1] if talk.turns else None)
 
 
-def _turn_of(index: Any) -> int:
-    """The turn of a message: questions and answers take turns."""
-    return (index[0] if isinstance(index, list | tuple) else int(index)) // 2
+def _messages(talk: Talk) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Messages of each turn, with its number: pictures apart, since Gradio edits messages of text alone."""
+    for number, turn in enumerate(talk.turns):
+        if turn.pictures:
+            yield number, {"role": "user", "content": gr.HTML(html.sent_html(turn.pictures), padding=False)}
+        if turn.question or not turn.pictures:
+            yield number, {"role": "user", "content": html.question_text(turn.question)}
+        yield number, {"role": "assistant", "content": gr.HTML(html.answer_html(turn, talk.pictures), padding=False)}
+
+
+def _turn_of(talk: Talk, index: Any) -> int:
+    """The turn of a message."""
+    place = index[0] if isinstance(index, list | tuple) else index
+    turns = [number for number, _ in _messages(talk)]
+    return turns[place] if isinstance(place, int) and 0 <= place < len(turns) else len(talk.turns)
 
 
 def _opened_or_closed(is_open: bool) -> tuple[Any, bool]:
     return gr.Image(value=None, visible=not is_open), not is_open
 
 
-def _photographed(photograph: str | None, message: dict[str, Any] | None) -> tuple[Any, Any, bool]:
-    """A photograph into the question that is being written."""
+def _photographed(photograph: str | None, message: dict[str, Any] | None) -> tuple[Any, Any, Any]:
+    """A photograph into the question that is being written, which closes the camera."""
+    if photograph is None:
+        return gr.skip(), gr.skip(), gr.skip()
     message = message or {"text": "", "files": []}
-    files = [*message["files"], *([photograph] if photograph else [])]
-    return {"text": message["text"], "files": files}, *_opened_or_closed(is_open=True)
+    return {"text": message["text"], "files": [*message["files"], photograph]}, *_opened_or_closed(is_open=True)
 
 
 def _wishes(system: Any, temperature: Any, top_p: Any, longest: Any, seed: str, boxes_on: Any) -> dict[str, Any]:

@@ -50,8 +50,10 @@ class Gallery:
                 picture.preview = self.keep(image)
 
     def draw(self, picture: Picture, boxes: Sequence[Box]) -> Path:
-        """The whole picture with its boxes and their labels, as a file to keep."""
-        return self.keep(draw_boxes(_decoded(picture), boxes))
+        """The whole picture with its boxes and their labels, as a file to keep, whose name says what it is."""
+        path = self.keep(draw_boxes(_decoded(picture), boxes))
+        path.with_suffix("").mkdir()
+        return path.rename(path.with_suffix("") / "boxes.png")
 
     def forget(self, pictures: Sequence[Picture]) -> None:
         """Removes the files of pictures."""
