@@ -25,7 +25,7 @@ def test_nothing_that_a_model_writes_runs_or_is_evaluated(site, tab, picture):
     tab.page.locator(".answer .box").hover()
     for text in ("<script>window.hacked=1</script>", "![x](https://evil.example/x.png)", "onerror=window.hacked=1"):
         assert text in tab.answers.inner_text()
-        assert text in tab.said()[0]
+        assert text in tab.said()[1]
     expect(tab.boxes).to_have_count(1)
     assert tab.page.locator("#chat a:not(.save), #chat script, #chat [onerror]").count() == 0
     assert tab.page.evaluate("window.hacked") is None

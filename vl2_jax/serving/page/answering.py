@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from vl2_jax.errors import VL2Error
@@ -35,24 +36,27 @@ async def answer(service: Service, gallery: Gallery, talk: Talk, wishes: Mapping
     """
     turn, begun = talk.turns[-1], time.perf_counter()
     try:
-        while (stage := service.stage).name in ("loading", "compiling") and not talk.is_stopped:
+        while (stage := service.stage).name in ("loading", "compiling") and not turn.is_stopped:
             turn.phase, turn.share = phase_of(stage), stage.share
             yield
             await asyncio.sleep(_LOOKS)
-        turn.phase, turn.share = "looking at the pictures" if talk.pictures else "reading", 0.0
+        pictures = talk.pictures
+        turn.phase, turn.share = "looking at the pictures" if pictures else "reading", 0.0
         yield
         body = checked(ChatBody, talk.body(service.settings.names[0], **wishes))
         (request,) = await service.requests(body)
-        await asyncio.to_thread(gallery.add, talk.pictures, request.prompt)
-        turn.boxes_on = request.boxes_on % len(talk.pictures) if talk.pictures else -1
+        await asyncio.to_thread(gallery.add, pictures, request.prompt)
+        turn.boxes_on = request.boxes_on % len(pictures) if pictures else -1
+        size = pictures[turn.boxes_on].size if pictures else None
         turn.phase, turn.usage = "thinking", _usage(request.prompt)
         yield
-        async for _ in _written(service, talk, turn, request, begun):
-            yield
+        async with contextlib.aclosing(_written(service, turn, request, size, begun)) as updates:
+            async for _ in updates:
+                yield
         if turn.boxes:
-            turn.saved = await asyncio.to_thread(gallery.draw, talk.pictures[turn.boxes_on], turn.boxes)
+            turn.saved = await asyncio.to_thread(gallery.draw, pictures[turn.boxes_on], turn.boxes)
     except (VL2Error, Problem) as error:
-        if not talk.is_stopped:
+        if not turn.is_stopped:
             turn.problem = problem_of(error).message
     except Exception:
         log.exception("an answer of the page failed")
@@ -60,7 +64,6 @@ async def answer(service: Service, gallery: Gallery, talk: Talk, wishes: Mapping
     finally:
         turn.phase = ""
         turn.ending = turn.ending or "stopped"
-        talk.running = None
     yield
 
 
@@ -70,25 +73,26 @@ def phase_of(stage: Stage) -> str:
     return named if stage.phase in ("", stage.name) else f"{named}: {stage.phase}"
 
 
-async def _written(service: Service, talk: Talk, turn: Turn, request: Request, begun: float) -> AsyncIterator[None]:
-    if talk.is_stopped:
+async def _written(
+    service: Service, turn: Turn, request: Request, size: tuple[int, int] | None, begun: float
+) -> AsyncGenerator[None]:
+    if turn.is_stopped:
         return
     engine, _ = service.ready()
-    answers = Answers(engine, [request], service.metrics.watch([request], begun))
-    talk.running = answers
+    turn.running = answers = Answers(engine, [request], service.metrics.watch([request], begun))
     first = 0.0
     try:
         async for _, event in answers:
             now = time.perf_counter()
             first = first or now
-            _take(talk, turn, event, now - first, first - begun)
+            _take(turn, event, size, now - first, first - begun)
             yield
     finally:
         answers.cancel()
 
 
-def _take(talk: Talk, turn: Turn, event: Event, seconds: float, first_seconds: float) -> None:
-    """What an event tells, into the turn."""
+def _take(turn: Turn, event: Event, size: tuple[int, int] | None, seconds: float, first_seconds: float) -> None:
+    """What an event tells, into the turn; `size` is that of the picture that boxes are on."""
     assert turn.usage is not None
     if isinstance(event, Started):
         turn.usage = dataclasses.replace(turn.usage, reused_tokens=event.reused_tokens)
@@ -97,8 +101,8 @@ def _take(talk: Talk, turn: Turn, event: Event, seconds: float, first_seconds: f
         turn.answer += event.text
         new = turn.usage.new_tokens + len(event.tokens)
         turn.usage = dataclasses.replace(turn.usage, new_tokens=new, first_seconds=first_seconds, seconds=seconds)
-        if turn.boxes_on >= 0:
-            turn.boxes = parse_boxes(turn.answer, *talk.pictures[turn.boxes_on].size, picture=turn.boxes_on)
+        if size is not None:
+            turn.boxes = parse_boxes(turn.answer, *size, picture=turn.boxes_on)
     elif isinstance(event, Finished):
         turn.ending = event.answer.finish_reason
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from vl2_jax.processing.grounding import Box, draw_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.sources import content_of
 from vl2_jax.processing.tiling import visual_token_count
-from vl2_jax.serving.page.talk import Picture
+from vl2_jax.serving.page.talk import Picture, Turn
 
 _LONGEST_SIDE = 1280  # of a picture on the page, in pixels; what is saved has all of them
 _GAP = 32  # parts of a tile's side that one part lies between two tiles
@@ -55,15 +54,12 @@ class Gallery:
         path.with_suffix("").mkdir()
         return path.rename(path.with_suffix("") / "boxes.png")
 
-    def forget(self, pictures: Sequence[Picture]) -> None:
-        """Removes the files of pictures."""
-        for picture in pictures:
-            for path in (picture.preview, picture.overview, picture.raster):
-                if path is not None:
-                    path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def forget(self, turns: Sequence[Turn]) -> None:
+        """Removes the files of turns."""
+        made = [file for turn in turns for p in turn.pictures for file in (p.preview, p.overview, p.raster)]
+        for path in (*made, *(turn.saved for turn in turns)):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
     def keep(self, image: Image.Image) -> Path:
         """A picture as a file of this folder."""

@@ -68,6 +68,12 @@ class Usage:
         return (self.new_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
 
 
+class Cancels(Protocol):
+    """An answer that is being written."""
+
+    def cancel(self) -> None: ...
+
+
 @dataclass
 class Turn:
     """A question and what became of it.
@@ -79,6 +85,7 @@ class Turn:
       boxes: of the answer so far, in pixels of `boxes_on`.
       boxes_on: the picture that they belong to, counted from 0 over the whole conversation.
       saved: the file of that picture with its boxes drawn.
+      running: the answer in the engine, and `is_stopped`, whether its user wants no more of it.
     """
 
     question: str
@@ -92,6 +99,8 @@ class Turn:
     boxes_on: int = -1
     saved: Path | None = None
     usage: Usage | None = None
+    running: Cancels | None = None
+    is_stopped: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -103,26 +112,16 @@ class Turn:
         return bool(self.answer and not self.problem)
 
 
-class Cancels(Protocol):
-    """An answer that is being written."""
-
-    def cancel(self) -> None: ...
-
-
 @dataclass
 class Talk:
     """Turns of one browser tab.
 
     Attributes:
       salt: nobody else's prompts are shared with this conversation's.
-      running: the answer that is being written.
-      is_stopped: its user wants no more of it.
     """
 
     turns: list[Turn] = field(default_factory=list)
     salt: str = ""
-    running: Cancels | None = None
-    is_stopped: bool = False
 
     @property
     def is_busy(self) -> bool:
@@ -167,9 +166,11 @@ class Talk:
 
     def stop(self) -> None:
         """Ends the answer that is being written; what was read of it stays."""
-        self.is_stopped = True
-        if self.running is not None:
-            self.running.cancel()
+        if self.is_busy:
+            turn = self.turns[-1]
+            turn.is_stopped = True
+            if turn.running is not None:
+                turn.running.cancel()
 
     def body(self, model: str, system: str = "", boxes_on: int = 0, **sampling: Any) -> dict[str, Any]:
         """The open question as a request of OpenAI's API, which bounds are checked for.
@@ -190,7 +191,6 @@ class Talk:
 
     def _open(self, turn: Turn) -> None:
         self.turns.append(turn)
-        self.running, self.is_stopped = None, False
         self.salt = self.salt or secrets.token_hex(16)
 
     def _asked(self) -> list[Turn]:
