@@ -49,6 +49,7 @@ def test_nothing_is_counted_and_what_was_sent_goes_with_the_page(served):
         ("--port 70000", "--port is 70000"),
         ("--max-num-seqs 0", "--max-num-seqs is 0"),
         ("nowhere", "there is no directory 'nowhere'"),
+        ("vl2-nano --model vl2-nano", "demo needs a model, once"),
         ("--host 0.0.0.0", "demo has no flag '--host'"),
         ("--share", "demo has no flag '--share'"),
     ],

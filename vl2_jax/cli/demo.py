@@ -14,15 +14,13 @@ import tyro
 from vl2_jax.cli.flags import NO_MODEL, OptionalModel
 from vl2_jax.cli.serve import EngineFlags, check_port, limits_of, loading
 from vl2_jax.cli.terminal import messages, tell
-from vl2_jax.errors import VL2Error
+from vl2_jax.errors import RequestError, VL2Error
 from vl2_jax.installation import install_line
 from vl2_jax.progress import Display
 from vl2_jax.sharding.devices import Devices
 
-_HOST = (
-    "127.0.0.1"  # there is no flag for another: who is elsewhere forwards the port, `ssh -L 7860:127.0.0.1:7860 HOST`
-)
-_DRAIN_SECONDS = 5.0
+_HOST = "127.0.0.1"  # without a flag for another: from elsewhere, ssh -L 7860:127.0.0.1:7860 HOST
+_DRAIN_SECONDS = 5.0  # that an answer has to end after Ctrl-C
 _ENGINE = EngineFlags()
 # Read by Gradio where it is imported: it asks nobody for its newest version and counts nothing.
 _GRADIO = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -46,10 +44,15 @@ def demo(
     """
     from vl2_jax.api import SHIPPED
 
+    if name and model.model:
+        raise RequestError("demo needs a model, once: vl2 demo MODEL, or --model MODEL.")
     model = dataclasses.replace(model, model=name or model.model or SHIPPED)
     check_port(port)
     options, limits = model.options(Devices(mesh)), limits_of(model, engine, mesh)
-    with tempfile.TemporaryDirectory(prefix="vl2-demo-") as folder, Display(messages) as display:
+    with (
+        tempfile.TemporaryDirectory(prefix="vl2-demo-", ignore_cleanup_errors=True) as folder,
+        Display(messages) as display,
+    ):
         shown = Path(folder, "shown")
         shown.mkdir()
         os.environ.update(_GRADIO, GRADIO_TEMP_DIR=str(Path(folder, "sent")))  # and so what was sent goes with the page
