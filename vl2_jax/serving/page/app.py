@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vl2_jax.api import SHIPPED
 from vl2_jax.serving.http.door import names_of_loopback
 from vl2_jax.serving.http.service import Service
-from vl2_jax.serving.page import html
+from vl2_jax.serving.page import view
 from vl2_jax.serving.page.events import Events, open_or_close_camera, take_photograph
 from vl2_jax.serving.page.examples import EXAMPLES
 from vl2_jax.serving.page.gallery import Gallery, side_by_side
@@ -57,7 +57,7 @@ def make_app(service: Service, gallery: Gallery) -> ASGIApp:
         pwa=False,
         mcp_server=False,
         theme=_theme(),
-        css=html.colours_css() + (_HERE / "page.css").read_text(encoding="utf-8"),
+        css=view.colours_css() + (_HERE / "page.css").read_text(encoding="utf-8"),
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
     hosts = [name for name in names_of_loopback("127.0.0.1") if not name.endswith("]")]
@@ -100,10 +100,10 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
                         max_plain_text_length=100_000,
                     )  # fmt: skip
                     camera = gr.Button("Camera", elem_id="camera", min_width=0, scale=0)
-                usage = gr.HTML(html.footer_html(None), elem_id="usage")
+                usage = gr.HTML(view.footer_html(None), elem_id="usage")
             with gr.Column(scale=4, min_width=300, elem_id="side"):
                 with gr.Accordion("What the model sees", open=True):
-                    tiles = gr.HTML(html.tiles_html(Talk()), elem_id="tiles")
+                    tiles = gr.HTML(view.tiles_html(Talk()), elem_id="tiles")
                 with gr.Accordion("Settings", open=True, elem_id="settings"):
                     settings = _settings()
 

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import gradio as gr
 
 from vl2_jax.errors import VL2Error
 from vl2_jax.serving.http.service import Service
-from vl2_jax.serving.page import html
+from vl2_jax.serving.page import view
 from vl2_jax.serving.page.answering import answer, phase_of
 from vl2_jax.serving.page.examples import Example
 from vl2_jax.serving.page.gallery import Gallery
@@ -54,7 +55,7 @@ class Events:
 
     async def edit(self, data: gr.EditData, talk: Talk, *settings: Any) -> Updates:
         """A past question in other words, with the pictures that it had."""
-        number, question = _turn_of(talk, data.index), html.question_of(str(data.value))
+        number, question = _turn_of(talk, data.index), view.question_of(str(data.value))
         async for update in self._ask_again(number, question, talk, *settings):
             yield update
 
@@ -82,7 +83,7 @@ class Events:
     def status(self) -> tuple[str, gr.Timer]:
         """How far the model is, and whether to look again."""
         stage = self.service.stage
-        shown = html.status_html(stage, phase_of(stage), self.service.settings.names[0])
+        shown = view.status_html(stage, phase_of(stage), self.service.settings.names[0])
         return shown, gr.Timer(active=stage.name in ("loading", "compiling"))
 
     async def _ask_again(self, number: int, question: str, talk: Talk, *settings: Any) -> Updates:
@@ -124,7 +125,7 @@ def _wishes(system: Any, temperature: Any, top_p: Any, longest: Any, seed: str, 
 
 def _view(talk: Talk) -> tuple[list[dict[str, Any]], str, str]:
     messages = [message for _, message in _messages(talk)]
-    return messages, html.tiles_html(talk), html.footer_html(talk.turns[-1] if talk.turns else None)
+    return messages, view.tiles_html(talk), view.footer_html(talk.turns[-1] if talk.turns else None)
 
 
 def _box(talk: Talk) -> gr.MultimodalTextbox:
@@ -135,10 +136,10 @@ def _messages(talk: Talk) -> Iterator[tuple[int, dict[str, Any]]]:
     """Messages of each turn, with its number: pictures apart, since Gradio edits messages of text alone."""
     for number, turn in enumerate(talk.turns):
         if turn.pictures:
-            yield number, {"role": "user", "content": gr.HTML(html.sent_html(turn.pictures), padding=False)}
+            yield number, {"role": "user", "content": gr.HTML(view.sent_html(turn.pictures), padding=False)}
         if turn.question:
-            yield number, {"role": "user", "content": html.question_text(turn.question)}
-        yield number, {"role": "assistant", "content": gr.HTML(html.answer_html(turn, talk.pictures), padding=False)}
+            yield number, {"role": "user", "content": view.question_text(turn.question)}
+        yield number, {"role": "assistant", "content": gr.HTML(view.answer_html(turn, talk.pictures), padding=False)}
 
 
 def _turn_of(talk: Talk, index: Any) -> int:
@@ -154,4 +155,4 @@ def _told() -> Iterator[None]:
     try:
         yield
     except VL2Error as error:
-        raise gr.Error(html.escape(html.sentence(str(error))), duration=None, print_exception=False) from None
+        raise gr.Error(escape(view.sentence(str(error))), duration=None, print_exception=False) from None
