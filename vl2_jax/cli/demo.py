@@ -65,6 +65,7 @@ def demo(
             raise VL2Error(f"the page needs {error.name!r}: {install_line('demo')}") from None
         listener = server.bind(_HOST, port)
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that tabs are open at the end is no error
         address = f"http://{_HOST}:{listener.getsockname()[1]}"
         tell(f"open {address} in a browser; {model.model} is loading")
 

@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
             server_header=False,
             h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=1 if app else 5,  # tabs of a page hold connections for as long as they are open
             callback_notify=self._check,
             timeout_notify=1,
         )

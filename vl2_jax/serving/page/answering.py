@@ -75,7 +75,7 @@ def phase_of(stage: Stage) -> str:
 
 async def _written(
     service: Service, turn: Turn, request: Request, size: tuple[int, int] | None, begun: float
-) -> AsyncGenerator[None]:
+) -> AsyncGenerator[None, None]:
     if turn.is_stopped:
         return
     engine, _ = service.ready()
