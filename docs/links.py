@@ -36,7 +36,7 @@ def wrong_links(page: Path, fix: bool = False) -> list[str]:
 
 
 def _line_of(file: Path, name: str) -> int | None:
-    definition = re.compile(rf"\s*(?:(?:async )?def|class) {name}\b|{name}\s*[:=]")
+    definition = re.compile(rf"\s*(?:def|class) {name}\b|{name}\s*[:=]")
     lines = file.read_text(encoding="utf-8").splitlines()
     return next((number for number, line in enumerate(lines, 1) if definition.match(line)), None)
 

@@ -81,7 +81,7 @@ def figure_html(picture: Picture, boxes: Sequence[Box], saved: Path | None = Non
     return (
         f'<figure class="boxes"><div class="canvas" style="aspect-ratio:{width}/{height}">'
         f"{_image(picture.preview, picture.name)}{''.join(drawn)}</div>"
-        f"<figcaption>{_count(len(boxes), 'box', 'boxes')}{link}</figcaption></figure>"
+        f"<figcaption>{len(boxes)} box{'es' * (len(boxes) != 1)}{link}</figcaption></figure>"
     )
 
 
@@ -115,11 +115,8 @@ def status_html(stage: Stage, phase: str, model: str) -> str:
     """Which model, and how far it is."""
     told = "ready" if stage.name == "ready" else escape(phase)
     if stage.name in ("loading", "compiling"):
-        told += (
-            f'<progress value="{stage.share:.3f}"></progress>{stage.share:.0%}'
-            if stage.share
-            else "<progress></progress>"
-        )
+        told += "<progress></progress>" if not stage.share else f'<progress value="{stage.share:.3f}"></progress>'
+        told += f"{stage.share:.0%}" if stage.share else ""
     return f'<div class="status {escape(stage.name)}"><b>{escape(model)}</b><span class="stage">{told}</span></div>'
 
 
@@ -171,7 +168,3 @@ def _within(low: float, high: float, whole: int) -> Iterator[float]:
 
 def _area(box: Box) -> int:
     return (box.x2 - box.x1) * (box.y2 - box.y1)
-
-
-def _count(number: int, one: str, more: str) -> str:
-    return f"{number} {one if number == 1 else more}"
