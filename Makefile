@@ -8,13 +8,16 @@ TESTS ?= tests
 comma := ,
 AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
-.PHONY: demo serve load test test-slow peers tpu vllm lint setup wheel clean
+.PHONY: demo web serve load test test-slow web-test peers tpu vllm lint setup wheel clean
 
-demo: $(VENV)/.ready-demo
+demo: $(VENV)/.ready-plain
 	@mkdir -p out
 	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --prompt "What is written here?"
 	$(BIN)/vl2 generate --model vl2-nano --image assets/scene.png --save-boxes out/demo.png \
 	  --prompt "<|grounding|>What do you see?"
+
+web: $(VENV)/.ready-demo
+	$(BIN)/vl2 demo vl2-nano
 
 serve: $(VENV)/.ready-serve
 	$(BIN)/vl2 serve vl2-nano
@@ -28,6 +31,11 @@ test: $(VENV)/.ready-test
 # These compute more than they compile, so they are compiled as users compile (tests/conftest.py).
 test-slow: $(VENV)/.ready-test
 	$(AS_USERS) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q -m slow
+
+# The page in a browser: Debian's Chromium, installed where it is missing and may be.
+web-test: $(VENV)/.ready-web
+	@command -v chromium >/dev/null || (apt-get update -q && apt-get install -q -y --no-install-recommends chromium)
+	$(BIN)/python -m pytest -q tests/demo/browser
 
 peers: $(VENV)/.ready-peers
 	$(BIN)/python -m pytest -q -rP tests/peers
@@ -60,7 +68,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.ready-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(if $(filter demo,$*),.,.[$(if $(filter tpu,$*),test$(comma))$*])"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e "$(if $(filter plain,$*),.,.[$(if $(filter tpu,$*),test$(comma))$*])"
 	touch $@
 
 clean:

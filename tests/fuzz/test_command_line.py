@@ -22,6 +22,7 @@ LINES = (
     "verify nowhere nowhere --json",
     "plan --model nowhere --topology v5e:2x4 --for train --batch 8 --recipe nowhere.toml --save p.png",
     "serve nowhere --port 0 --api-key k --max-num-seqs 2 --served-model-name n --allowed-media-domains example.org",
+    "demo nowhere --port 0 --max-num-seqs 2 --mesh auto",
     "chat --server http://127.0.0.1:9 --api-key k",
     "info nowhere --json",
     "info vl2-nano",

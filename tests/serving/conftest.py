@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+from starlette.types import ASGIApp
 
 from vl2_jax.api import SHIPPED, find_model
 from vl2_jax.processing.batch import Processor
@@ -28,11 +29,11 @@ def processor() -> Processor:
 class Running:
     """A server in a thread, and the engine behind it."""
 
-    def __init__(self, service: Service, engine: ScriptedEngine):
+    def __init__(self, service: Service, engine: ScriptedEngine, app: ASGIApp | None = None):
         self.service, self.engine = service, engine
         self._listener = bind("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.server = Server(service, drain_seconds=5)
+        self.server = Server(service, drain_seconds=5, app=app)
         self._thread = threading.Thread(target=self.server.run, args=([self._listener],), daemon=True)
         self._thread.start()
 

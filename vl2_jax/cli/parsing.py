@@ -17,6 +17,7 @@ import tyro
 from vl2_jax import __version__
 from vl2_jax.cli.chat import chat
 from vl2_jax.cli.convert import convert
+from vl2_jax.cli.demo import demo
 from vl2_jax.cli.doctor import doctor
 from vl2_jax.cli.evaluate import evaluate
 from vl2_jax.cli.export import export
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "demo": demo,
     "convert": convert,
     "export": export,
     "train": train,

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from vl2_jax.cli.flags import NO_MODEL, OptionalModel, OptionalModelFlags, Place, Repeated
+from vl2_jax.cli.flags import NO_MODEL, ModelFlags, OptionalModel, OptionalModelFlags, Place, Repeated
 from vl2_jax.cli.terminal import messages, tell
 from vl2_jax.errors import RequestError, VL2Error, shown
 from vl2_jax.installation import install_line
@@ -121,39 +121,41 @@ def serve(
 
     with Display(messages) as display:
 
-        def load(report: Report) -> tuple[Any, Any]:
-            from vl2_jax.api import load as load_model
-            from vl2_jax.serving.engine import Engine
-
-            vl2 = load_model(model.model, **options, report=report)
-            return Engine(vl2, settings.limits, report=report), vl2.processor
-
         def when_ready() -> None:
             display.close()
             tell(f"{settings.names[0]} is ready at {address}/v1")
 
+        load = loading(model.model, options, settings.limits)
         server.run(Service(settings), listener, load, door.drain_seconds, display, when_ready)
 
 
-def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mesh: str | None) -> Any:
+def loading(model: str, options: dict[str, Any], limits: Any) -> Callable[[Report], tuple[Any, Any]]:
+    """What makes an engine for a model, and what reads for it."""
+
+    def load(report: Report) -> tuple[Any, Any]:
+        from vl2_jax.api import load as load_model
+        from vl2_jax.serving.engine import Engine
+
+        vl2 = load_model(model, **options, report=report)
+        return Engine(vl2, limits, report=report), vl2.processor
+
+    return load
+
+
+def limits_of(model: ModelFlags, flags: LimitFlags, mesh: str | None) -> Any:
+    """How much is taken on.
+
+    Raises:
+      RequestError: more than the model's context or the memory of this machine holds, or less than one request needs.
+    """
     from vl2_jax.api import find_model
     from vl2_jax.config import read_config
     from vl2_jax.model.attention import checked_cache
-    from vl2_jax.serving.http import fetching
-    from vl2_jax.serving.http.decoding import PictureLimits
-    from vl2_jax.serving.http.door import names_of_loopback
-    from vl2_jax.serving.http.sampling import Defaults
-    from vl2_jax.serving.http.server import is_loopback
-    from vl2_jax.serving.http.service import Settings
     from vl2_jax.serving.requests import Limits
     from vl2_jax.serving.room import pages_for
     from vl2_jax.weights import stored_and_computed
 
-    check_flags(flags, door)
-    keys = keys_of(door)
-    domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
-    for domain in domains:
-        fetching.check_domain(domain)
+    check_limits(flags)
     cache, directory = checked_cache(model.cache), find_model(model.model)
     config = read_config(directory)
     check_context(flags, config)
@@ -167,10 +169,26 @@ def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mes
     )
     if mesh is None:  # how weights and cache are spread over one is the mesh's to know
         pages_for(config, *stored_and_computed(directory, config, model.dtype, model.weights), limits, cache)
+    return limits
+
+
+def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mesh: str | None) -> Any:
+    from vl2_jax.serving.http import fetching
+    from vl2_jax.serving.http.decoding import PictureLimits
+    from vl2_jax.serving.http.door import names_of_loopback
+    from vl2_jax.serving.http.sampling import Defaults
+    from vl2_jax.serving.http.server import is_loopback
+    from vl2_jax.serving.http.service import Settings
+
+    check_door(door)
+    keys = keys_of(door)
+    domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
+    for domain in domains:
+        fetching.check_domain(domain)
     return Settings(
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,
-        limits=limits,
+        limits=limits_of(model, flags, mesh),
         pictures=PictureLimits(most=most_pictures(door.limit_mm_per_prompt, PictureLimits.most)),
         media_domains=domains,
         defaults=Defaults.read(door.override_generation_config),
@@ -180,14 +198,22 @@ def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mes
     )
 
 
-def check_flags(flags: LimitFlags, door: DoorFlags) -> None:
+def check_limits(flags: LimitFlags) -> None:
     """Raises RequestError for a number that is out of bounds."""
     _check_at_least(1, flags, "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens")
     _check_at_least(1, flags, "num_pages")
+
+
+def check_door(door: DoorFlags) -> None:
+    """Raises RequestError for a number that is out of bounds."""
     _check_at_least(1024, door, "max_body_bytes")
     _check_at_least(0, door, "drain_seconds")
-    if not 0 <= door.port < 1 << 16:
-        raise RequestError(f"--port is {door.port}; expected a number from 0 to 65535.")
+    check_port(door.port)
+
+
+def check_port(port: int) -> None:
+    if not 0 <= port < 1 << 16:
+        raise RequestError(f"--port is {port}; expected a number from 0 to 65535.")
 
 
 def check_context(flags: LimitFlags, config: Any) -> None:

@@ -8,7 +8,7 @@ import shlex
 from typing import Any
 
 from vl2_jax.cli.flags import OptionalModelFlags
-from vl2_jax.cli.serve import DoorFlags, LimitFlags, check_context, check_flags, keys_of, most_pictures
+from vl2_jax.cli.serve import DoorFlags, LimitFlags, check_context, check_door, check_limits, keys_of, most_pictures
 from vl2_jax.cli.terminal import tell
 from vl2_jax.errors import RequestError, shown
 from vl2_jax.sharding.devices import Devices
@@ -33,7 +33,8 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
     from vl2_jax.serving.vllm import launch
 
     launch.check_versions()
-    check_flags(limits, door)
+    check_limits(limits)
+    check_door(door)
     for flags in (model, limits, door):
         for name, why in _OURS_ALONE:
             if hasattr(flags, name) and getattr(flags, name) != type(flags).__dataclass_fields__[name].default:

@@ -137,7 +137,15 @@ def read_body(kind: type[Kind], data: bytes) -> Kind:
     Raises:
       Problem: status 400; it is no JSON, goes too deep, lacks something, is out of bounds or cannot be honoured.
     """
-    given = _json(data)
+    return checked(kind, _json(data))
+
+
+def checked(kind: type[Kind], given: dict[str, Any]) -> Kind:
+    """A request of fields in hand.
+
+    Raises:
+      Problem: status 400; it lacks something, is out of bounds or cannot be honoured.
+    """
     try:
         body = kind.model_validate(given)
     except ValidationError as error:

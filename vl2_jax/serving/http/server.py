@@ -14,6 +14,7 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vl2_jax.errors import RequestError, VL2Error, shown
@@ -63,6 +64,7 @@ def run(
     drain_seconds: float,
     report: Report,
     when_ready: Callable[[], None],
+    app: ASGIApp | None = None,
 ) -> None:
     """Serves until a signal says that it is enough; answers that are being written are finished first.
 
@@ -70,12 +72,13 @@ def run(
       load: makes the engine and what reads for it; in a thread, while `/ready` tells how far it is.
       when_ready: called once requests are answered.
       drain_seconds: that running answers have after a signal; a second signal ends them at once.
+      app: what asks the service; by default the API.
 
     Raises:
       VL2Error: the model cannot be loaded, or its engine failed.
       KeyboardInterrupt: a signal came before the model was there.
     """
-    server = Server(service, drain_seconds)
+    server = Server(service, drain_seconds, app)
 
     def told(phase: str, done: int, total: int) -> None:
         service.report(phase, done, total)
@@ -104,18 +107,18 @@ def run(
 class Server(uvicorn.Server):
     """uvicorn's, which drains the engine before it closes connections."""
 
-    def __init__(self, service: Service, drain_seconds: float):
+    def __init__(self, service: Service, drain_seconds: float, app: ASGIApp | None = None):
         config = uvicorn.Config(
-            make_app(service),
+            app or make_app(service),
             http=Protocol,
             ws="none",
-            lifespan="off",
+            lifespan="on" if app else "off",
             log_config=None,
             access_log=False,
             server_header=False,
             h11_max_incomplete_event_size=MOST_HEADER_BYTES,
             timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=1 if app else 5,  # tabs of a page hold connections for as long as they are open
             callback_notify=self._check,
             timeout_notify=1,
         )

@@ -1,0 +1,54 @@
+"""`vl2 demo` as it is: its own process, the model that comes with the project, and the examples of the page."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from playwright.sync_api import expect
+
+from vl2_jax.serving.page.examples import EXAMPLES
+
+ANSWERS = {  # of the scenes that are drawn, by what was drawn
+    "Describe": ["A large purple ring, the word JUMP in purple and a small blue circle."],
+    "Count": ["2"],
+    "Read": ["LAND"],
+    "Locate": ["the star"],
+    "Describe with boxes": ["a large blue square, the word LAND in orange and a small yellow diamond."],
+    "Two pictures": ["the first"],
+    "What is not there": ["red ring"],
+    "Several questions": ["A large red square, the word ROSE in yellow and a small orange diamond.", "ROSE", "yellow"],
+}
+_SECONDS = 120  # for loading and compiling
+
+
+@pytest.fixture(scope="module")
+def address():
+    command = [sys.executable, "-m", "vl2_jax.cli", "demo", "vl2-nano", "--port", "0", "--max-num-seqs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    yield next(found[0] for line in process.stderr if (found := re.search(r"http://127.0.0.1:\d+", line)))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
+
+
+def test_every_example_is_answered_rightly(address, browser):
+    page = browser.new_page()
+    page.goto(address)
+    seen = set()
+    for _ in range(_SECONDS):
+        seen |= set(re.findall("loading|compiling|ready", page.locator("#status").inner_text()))
+        if "ready" in seen:
+            break
+        page.wait_for_timeout(1000)
+    assert seen >= {"compiling", "ready"}
+    for example in EXAMPLES:
+        page.get_by_text(example.skill, exact=True).click()
+        texts = page.locator(".answer .text")
+        expect(texts).to_have_text(ANSWERS[example.skill], timeout=60_000)
+        expect(page.locator("#box .submit-button")).to_be_visible()
+        count = {"Locate": 1, "Describe with boxes": 3}.get(example.skill, 0)
+        expect(page.locator(".answer .box")).to_have_count(count)
+        page.click("#new")
+        expect(texts).to_have_count(0)
+    page.close()
