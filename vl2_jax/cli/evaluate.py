@@ -1,26 +1,66 @@
-"""`vl2 eval`: how often a model is right about scenes it has not seen."""
+"""`vl2 eval`: how often a model is right: about a benchmark's questions, or about drawn scenes it has not seen."""
 
 from __future__ import annotations
 
-from vl2_jax.cli.flags import ONE_DEVICE, Model, OnDevices, in_all_processes
-from vl2_jax.cli.terminal import messages, print_json
-from vl2_jax.errors import RequestError
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from vl2_jax.cli.flags import ONE_DEVICE, Model, OnDevices, Place, Repeated, in_all_processes
+from vl2_jax.cli.terminal import messages, print_json, tell, write
+from vl2_jax.errors import RequestError, shown
 from vl2_jax.progress import Display
 from vl2_jax.scenes import SceneSizes
+
+_DATA_OF_VLMEVALKIT = "LMUData"  # the variable of the environment that names its folder
+_OF_A_MODEL = ("*.safetensors", "*config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """A benchmark instead of scenes.
+
+    Attributes:
+      data: A benchmark's file, a folder of Parquet files, or a name such as DocVQA_VAL whose TSV is in this folder, in
+        $LMUData or in ~/LMUData; may be given several times. Nothing is downloaded.
+      benchmark: Whose questions these are, such as ChartQA, or a rule: vqa, anls, relaxed, exact, contains, yes-no,
+        option, grounding. By default what the file's name says.
+      images: Where relative paths of pictures begin; by default the folder of the file.
+      out: Folder of answers and results; a run that was ended goes on there. By default evaluations/BENCHMARK-MODEL.
+      limit: The first rows only.
+      shard: 2/4 asks the second of four shares of the rows. With one --out, the last run without it puts them together.
+      max_tokens: Longest answer; by default 2048, as the released adapter of VLMEvalKit has it.
+      max_num_seqs: Answers that are written at once.
+    """
+
+    data: Repeated = ()
+    benchmark: str | None = None
+    images: Place | None = None
+    out: Path | None = None
+    limit: int | None = None
+    shard: str | None = None
+    max_tokens: int | None = None
+    max_num_seqs: int = 16
 
 
 @in_all_processes
 def evaluate(
     model: Model,
+    of: tyro.conf.OmitArgPrefixes[BenchmarkFlags] = BenchmarkFlags(),
     count: int = 100,
     seed: int = 1_000_000,
     longest_side: int = SceneSizes.longest_side,
     json: bool = False,
     devices: OnDevices = ONE_DEVICE,
 ) -> None:
-    """Ask a model about drawn scenes it has not seen, and print how often it is right.
+    """Ask a model a benchmark's questions, or about drawn scenes it has not seen, and print how often it is right.
 
-    In float32, unless --dtype is given.
+    Scenes in float32, unless --dtype is given.
 
     Example: vl2 eval --model vl2-nano --count 20
 
@@ -30,6 +70,11 @@ def evaluate(
         longest_side: Of the pictures, in pixels.
         json: Print one object.
     """
+    if of.data:
+        _benchmark(model, of, json, devices)
+        return
+    if given := [f.name for f in dataclasses.fields(of) if getattr(of, f.name) != f.default]:
+        raise RequestError(f"--{given[0].replace('_', '-')} is for a benchmark; give its file with --data.")
     from vl2_jax.scenes.evaluation import ask_all, table
 
     if count < 1:
@@ -43,3 +88,97 @@ def evaluate(
         return
     for row in rows:
         print(f"{row.skill:22} {row.questions:6} questions {100 * row.score:6.1f} %")
+
+
+def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None:
+    from vl2_jax.api import find_model
+    from vl2_jax.evaluation import answers, results
+    from vl2_jax.evaluation.benchmarks import MAX_TOKENS, benchmark_of
+    from vl2_jax.evaluation.page import page
+    from vl2_jax.evaluation.run import evaluate as ask
+    from vl2_jax.evaluation.samples import Samples, files_of
+    from vl2_jax.serving.engine import Engine
+    from vl2_jax.serving.requests import Limits
+    from vl2_jax.sharding.processes import wait_for_all
+    from vl2_jax.training.folder import write as write_file
+
+    for name, value in {"limit": of.limit, "max-tokens": of.max_tokens, "max-num-seqs": of.max_num_seqs}.items():
+        if value is not None and value < 1:
+            raise RequestError(f"--{name} is {value}; expected at least 1.")
+    share = _share(of.shard, devices.mesh)
+    files = files_of(of.data, [Path(), Path(os.environ.get(_DATA_OF_VLMEVALKIT) or Path.home() / "LMUData")])
+    samples = Samples(files, of.images)
+    name, benchmark = benchmark_of(of.benchmark or _stem(files[0]))
+    rows = min(len(samples), of.limit or len(samples))
+    for sample in next(filter(None, map(samples.__getitem__, range(rows))), []):
+        benchmark.check(sample)  # before minutes are spent on loading weights
+    folder = of.out or Path("evaluations") / f"{name}-{_stem(Path(model.model))}"
+    settings = {
+        "model": model.model,
+        "model_files": _fingerprint_of(find_model(model.model)),
+        "adapters": None if model.adapters is None else str(model.adapters),
+        "dtype": model.dtype,
+        "weights": model.weights,
+        "data": samples.fingerprints(),
+        "benchmark": name,
+        "max_tokens": of.max_tokens or MAX_TOKENS,
+    }
+    answers.begin(folder, settings)
+    vl2, _ = model.load(devices)
+    with Display(messages) as report:
+        limits = Limits(max_running=of.max_num_seqs, max_waiting=of.max_num_seqs)
+        with Engine(vl2, limits, report=report) as engine:
+            known = ask(
+                engine, vl2.processor, samples, benchmark, folder, settings, rows, share, 2 * of.max_num_seqs, report
+            )
+    wait_for_all("evaluated")
+    if messages.quiet:  # another process puts together what all have answered
+        return
+    known = answers.read(folder, answers.settings_hash(settings))
+    mine = {key: answer for key, answer in known.items() if answer.row < rows}
+    missing = rows - len(answers.rows_done(mine))
+    if missing:
+        tell(f"{missing} of {rows} rows are other shares'; run this without --shard once they are in {folder}")
+        return
+    found = results.results_of(name, benchmark, mine.values(), settings)
+    results.save(folder, found, mine.values())
+    if found.lines:
+        write_file(folder / results.PAGE_FILE, page(found, mine.values(), samples))
+    if json:
+        print_json(dataclasses.asdict(found) | {"score": found.score})
+    else:
+        write(results.table(found))
+    tell(f"answers, numbers and wrong answers with their pictures are in {folder}")
+
+
+def _fingerprint_of(directory: Path) -> dict[str, str]:
+    """What changes when weights or tokenizer of a model do, by file; of a model on a bucket nothing is read for it."""
+    from vl2_jax.files import is_remote
+    from vl2_jax.training.sources import fingerprint
+
+    if is_remote(directory):
+        return {}
+    return {file.name: fingerprint(file) for kind in _OF_A_MODEL for file in sorted(directory.glob(kind))}
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0] or "model"
+
+
+def _share(shard: str | None, mesh: str | None) -> Any:
+    """Which rows this process asks: of `--shard`, or of the processes of a slice."""
+    import jax
+
+    from vl2_jax.evaluation.answers import Share
+
+    if jax.process_count() > 1:
+        if shard or mesh:
+            raise RequestError(
+                "processes that know each other share the rows by themselves, each with a whole model: leave "
+                "--shard and --mesh out, or start each on its own, with --shard and without --coordinator."
+            )
+        return Share(jax.process_index() + 1, jax.process_count())
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard or "1/1")
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise RequestError(f"--shard is {shown(shard)}; expected I/N, such as 2/4 for the second of four shares.")
+    return Share(int(match[1]), int(match[2]))
