@@ -58,19 +58,15 @@ def write_tsv(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     """As lmms-eval's: pictures as `datasets` keeps them."""
+    pictures = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     columns = {
-        "question_id": [str(number) for number in range(len(rows))],
-        "image": [{"bytes": row["image"], "path": None} for row in rows],
-        "question": [row["question"] for row in rows],
-        "answer": [row["answer"] for row in rows],
-        "category": [row["skill"] for row in rows],
+        "question_id": pa.array([str(number) for number in range(len(rows))]),
+        "image": pa.array([{"bytes": row["image"], "path": None} for row in rows], pictures),
+        "question": pa.array([row["question"] for row in rows]),
+        "answer": pa.array([row["answer"] for row in rows], pa.string()),
+        "category": pa.array([row["skill"] for row in rows]),
     }
-    features = {"image": {"_type": "Image"}} | {
-        name: {"dtype": "string", "_type": "Value"} for name in columns if name != "image"
-    }
-    table = pa.table(columns)
-    described = json.dumps({"info": {"features": features}})
-    pq.write_table(table.replace_schema_metadata({"huggingface": described}), path)
+    pq.write_table(pa.table(columns), path)
     return path
 
 

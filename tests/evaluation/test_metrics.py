@@ -127,6 +127,13 @@ def test_an_open_question_is_the_choice_between_its_answer_and_others():
     assert metrics.choice(sample("six", "6"), "6") == 1
 
 
+def test_options_that_the_question_holds_are_known_by_their_letters():
+    assert metrics.choice(sample("B"), "B.") == 1
+    assert metrics.choice(sample("B"), "The answer is (B)") == 1
+    assert metrics.choice(sample("B"), "a blue ball") == 0
+    assert metrics.choice(sample("B"), "A or B") == 0
+
+
 @pytest.mark.parametrize(
     ("text", "score"), [("Yes, it is", 1), ("yes", 1), ("No", 0), ("yes or no", 0), ("eyes", 0), ("It is.", 0)]
 )

@@ -44,6 +44,8 @@ def test_options_follow_the_question(pictures):
         "Please select the correct answer from the options above. \n"
     )
     assert asked.images == pictures
+    within = prompts.option(sample("Which? A: a ball, B: a cube", answers=("B",)))
+    assert within.text.endswith("B: a cube\nPlease select the correct answer from the options above. \n")
 
 
 def test_mmmu_shows_all_pictures_first_and_the_first_at_twice_its_size(pictures):

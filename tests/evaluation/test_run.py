@@ -209,13 +209,15 @@ def test_answers_that_nobody_here_can_score_are_kept_for_the_server(command, tmp
         ("--data {data} --benchmark exact --shard 3/2", "--shard is '3/2'; expected I/N"),
         ("--data {data} --benchmark exact --images /nowhere", "there is no folder '/nowhere'"),
         ("--data {empty}", "holds no record"),
+        ("--data {no_pictures} --benchmark exact", "none of the first 1 rows of"),
         ("--limit 3", "--limit is for a benchmark"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_in_one_sentence(command, data, tmp_path, capsys, flags, message):
-    empty = tmp_path / "empty.tsv"
-    empty.write_text("index\tquestion\tanswer\n")
+    files = {name: tmp_path / f"{name}.tsv" for name in ("empty", "no_pictures")}
+    files["empty"].write_text("index\timage\tquestion\tanswer\n")
+    files["no_pictures"].write_text("index\timage\tquestion\tanswer\n1\t\t?\ta\n")
     with pytest.raises(SystemExit):
-        command(right, *flags.format(data=data, empty=empty).split())
+        command(right, *flags.format(data=data, **files).split())
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

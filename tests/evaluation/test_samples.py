@@ -141,7 +141,7 @@ def test_what_is_wrong_in_a_row_is_told_with_its_place(tmp_path, row, message):
         ("RefCOCO", {"question": "?", "answer": "a"}, "'found box' needs a column 'bbox'"),
         ("ChartQA", {"sent": "it", "bbox": [1, 2, 3, 4]}, "is one of grounding; the rule 'relaxed accuracy' is not"),
         ("TextVQA", {"question": "?", "answer": "a"}, "counts people who agree"),
-        ("MMStar", {"question": "?", "answer": "A"}, "needs options"),
+        ("MMStar", {"question": "?", "answer": "a ball"}, "needs options"),
     ],
 )
 def test_a_rule_that_does_not_fit_the_data_is_refused(tmp_path, benchmark, row, message):

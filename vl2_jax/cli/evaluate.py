@@ -110,8 +110,10 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
     samples = Samples(files, of.images)
     name, benchmark = benchmark_of(of.benchmark or _stem(files[0]))
     rows = min(len(samples), of.limit or len(samples))
-    for sample in next(filter(None, map(samples.__getitem__, range(rows))), []):
-        benchmark.check(sample)  # before minutes are spent on loading weights
+    first = next(filter(None, map(samples.__getitem__, range(rows))), None)
+    if first is None:
+        raise RequestError(f"none of the first {rows} rows of {shown(str(files[0]))} has a picture; nothing is left.")
+    benchmark.check(first[0])  # before minutes are spent on loading weights
     folder = of.out or Path("evaluations") / f"{name}-{_stem(Path(model.model))}"
     settings = {
         "model": model.model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import xxhash
 
 from vl2_jax.errors import ConfigError, shown
-from vl2_jax.training.folder import rows_of, write
+from vl2_jax.training.folder import rows_of
 
 SETTINGS_FILE = "settings.json"
 
@@ -85,8 +86,10 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{shown(str(folder))} cannot be a folder of answers ({error.strerror}); choose another --out."
         ) from None
     file = folder / SETTINGS_FILE
-    if not file.is_file():
-        write(file, json.dumps(settings, indent=2))
+    if not file.is_file():  # other processes may be writing the same
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".new", delete=False) as new:
+            json.dump(settings, new, indent=2)
+        Path(new.name).replace(file)
         return
     try:
         old = dict(json.loads(file.read_bytes()))

@@ -94,8 +94,11 @@ class Benchmark:
                 f"{sample.where}: the rule {rule!r} counts people who agree, and 'answers' holds one answer; choose "
                 "another rule (--benchmark exact)."
             )
-        elif self.needs == "options" and not sample.options:
-            raise ConfigError(f"{sample.where}: the rule {rule!r} needs options, in columns A, B, ... or 'options'.")
+        elif self.needs == "options" and not sample.options and not metrics.is_letter(sample.answers):
+            raise ConfigError(
+                f"{sample.where}: the rule {rule!r} needs options in columns A, B, ... or 'options', or a letter as "
+                "'answer' to a question that holds them."
+            )
 
 
 _MMBENCH = Benchmark(
@@ -139,7 +142,7 @@ BENCHMARKS = {
     "MMStar": _like(_OPTION, "val", 45.9, 57.0, 61.3),
     "AI2D": _like(_OPTION, "test", 71.6, 80.0, 81.4),
     "MMMU": Benchmark(prompts.mmmu, metrics.choice, paper={"validation": (40.7, 48.0, 51.1)}),
-    "RealWorldQA": _like(_OPTION, "test", 64.2, 65.4, 68.4),
+    "RealWorldQA": Benchmark(prompts.option, metrics.choice, paper={"test": (64.2, 65.4, 68.4)}),
     "MMT-Bench": _like(_OPTION, "val", 53.2, 62.9, 63.6),
     "MMBench": _MMBENCH,
     "CCBench": Benchmark(prompts.option, metrics.choice, every_order, needs="options"),

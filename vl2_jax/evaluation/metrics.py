@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from vl2_jax.evaluation.samples import Sample
+from vl2_jax.evaluation.samples import LETTERS, Sample
 from vl2_jax.processing.grounding import LARGEST, parse_boxes
 
 _CONTRACTIONS = """
@@ -45,6 +45,7 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
+_MOST_OPTIONS = 8  # of a question that holds its options
 NO_OPTION, _ANOTHER = "Z", "Other Answers"  # as VLMEvalKit writes them
 
 
@@ -138,13 +139,22 @@ def containment(sample: Sample, text: str) -> float:
 
 
 def choice(sample: Sample, text: str) -> float:
-    """The right option is the one that `chosen` finds; an open question is the choice between its answer and others.
+    """The right option is the one that `chosen` finds.
+
+    Options that stand in the question itself (MMStar and RealWorldQA of lmms-eval) are known by their letters alone. An
+    open question is the choice between its answer and others.
 
     MMBench, MMStar, AI2D, MMMU, RealWorldQA, MMT-Bench.
     """
     if sample.options:
         return float(chosen(text, sample.options) == sample.answers[0].strip())
+    if is_letter(sample.answers):
+        return float(chosen(text, dict.fromkeys(LETTERS[:_MOST_OPTIONS], "")) == sample.answers[0].strip())
     return float(any(chosen(text, {"A": answer, "B": _ANOTHER}) == "A" for answer in sample.answers))
+
+
+def is_letter(answers: Sequence[str]) -> bool:
+    return len(answers) == 1 and answers[0].strip() in tuple(LETTERS[:_MOST_OPTIONS])
 
 
 def chosen(text: str, options: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vl2_jax.errors import ConfigError
+from vl2_jax.evaluation.metrics import is_letter
 from vl2_jax.evaluation.samples import Sample
 from vl2_jax.processing.conversation import Message
 from vl2_jax.processing.images import load_image
@@ -88,7 +89,8 @@ def locate(sample: Sample) -> Question:
 def _with_options(sample: Sample) -> str:
     hint = f"Hint: {sample.hint}\n" if sample.hint else ""
     options = "".join(f"{letter}. {text}\n" for letter, text in (sample.options or {}).items())
-    return f"{hint}Question: {sample.question}\n" + (f"Options:\n{options}{_SELECT} \n" if options else "")
+    asked = f"{hint}Question: {sample.question}\n" + (f"Options:\n{options}" if options else "")
+    return asked + (f"{_SELECT} \n" if options or is_letter(sample.answers) else "")
 
 
 def _after_pictures(sample: Sample, text: str) -> Question:
