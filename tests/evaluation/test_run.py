@@ -52,8 +52,9 @@ def data(tmp_path_factory):
 
 
 def ask(engine, data, folder, rows=None, **options):
-    rows = rows or len(ROWS)
-    return evaluate(engine, engine.processor, Samples([data]), EXACT, folder, SETTINGS, rows, **options)
+    answers.begin(folder, SETTINGS)
+    evaluate(engine, engine.processor, Samples([data]), EXACT, folder, SETTINGS, rows or len(ROWS), **options)
+    return answers.read(folder, answers.settings_hash(SETTINGS))
 
 
 def test_a_run_that_was_killed_asks_only_what_is_left(engine, data, tmp_path):
@@ -170,13 +171,15 @@ def test_the_command_prints_a_table_and_keeps_numbers_and_wrong_answers(command,
     assert not re.search(r"<b>|<script|https?://|src=\"(?!data:)", page)
 
 
-def test_shares_of_the_command_are_put_together_by_the_last(command, data, tmp_path):
+def test_shares_of_the_command_are_put_together_by_the_last(command, data, tmp_path, monkeypatch):
     flags = ["--data", data, "--benchmark", "exact", "--limit", 5]
     first = command(right, *flags, "--shard", "1/2")
     assert first.out == ""
     assert "2 of 5 rows are other shares'" in first.err
     assert json.loads(command(right, *flags, "--json").out)["score"] == 100
     assert not (tmp_path / "out" / "answers-2-of-2.jsonl").exists()
+    monkeypatch.setattr("vl2_jax.cli.evaluate.Display", None)  # nothing is left to ask, so nothing is loaded
+    main(["eval", "--model", SHIPPED, "--out", str(tmp_path / "out"), *map(str, flags)])
 
 
 def test_grounding_is_drawn_with_both_boxes(command, tmp_path):
@@ -210,6 +213,7 @@ def test_answers_that_nobody_here_can_score_are_kept_for_the_server(command, tmp
         ("--data {data} --benchmark exact --images /nowhere", "there is no folder '/nowhere'"),
         ("--data {empty}", "holds no record"),
         ("--data {no_pictures} --benchmark exact", "none of the first 1 rows of"),
+        ("--data {data} --benchmark exact --count 5", "--count is for drawn scenes"),
         ("--limit 3", "--limit is for a benchmark"),
     ],
 )

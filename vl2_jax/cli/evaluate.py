@@ -18,7 +18,8 @@ from vl2_jax.progress import Display
 from vl2_jax.scenes import SceneSizes
 
 _DATA_OF_VLMEVALKIT = "LMUData"  # the variable of the environment that names its folder
-_OF_A_MODEL = ("*.safetensors", "*config.json", "tokenizer.json")
+_COUNT, _SEED, _LONGEST_SIDE = 100, 1_000_000, SceneSizes.longest_side  # of drawn scenes
+_OF_A_MODEL = ("*.safetensors", "*config.json", "tokenizer.json", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class BenchmarkFlags:
 @in_all_processes
 def evaluate(
     model: Model,
-    of: tyro.conf.OmitArgPrefixes[BenchmarkFlags] = BenchmarkFlags(),
-    count: int = 100,
-    seed: int = 1_000_000,
-    longest_side: int = SceneSizes.longest_side,
+    benchmark: tyro.conf.OmitArgPrefixes[BenchmarkFlags] = BenchmarkFlags(),
+    count: int = _COUNT,
+    seed: int = _SEED,
+    longest_side: int = _LONGEST_SIDE,
     json: bool = False,
     devices: OnDevices = ONE_DEVICE,
 ) -> None:
@@ -70,11 +71,13 @@ def evaluate(
         longest_side: Of the pictures, in pixels.
         json: Print one object.
     """
-    if of.data:
-        _benchmark(model, of, json, devices)
+    if benchmark.data:
+        scenes = {"count": (count, _COUNT), "seed": (seed, _SEED), "longest-side": (longest_side, _LONGEST_SIDE)}
+        _refuse(scenes, "drawn scenes; leave it out, or take the first rows of --data with --limit")
+        _benchmark(model, benchmark, json, devices)
         return
-    if given := [f.name for f in dataclasses.fields(of) if getattr(of, f.name) != f.default]:
-        raise RequestError(f"--{given[0].replace('_', '-')} is for a benchmark; give its file with --data.")
+    given = {f.name.replace("_", "-"): (getattr(benchmark, f.name), f.default) for f in dataclasses.fields(benchmark)}
+    _refuse(given, "a benchmark; give its file with --data")
     from vl2_jax.scenes.evaluation import ask_all, table
 
     if count < 1:
@@ -96,6 +99,7 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
     from vl2_jax.evaluation.benchmarks import MAX_TOKENS, benchmark_of
     from vl2_jax.evaluation.page import page
     from vl2_jax.evaluation.run import evaluate as ask
+    from vl2_jax.evaluation.run import rows_left
     from vl2_jax.evaluation.samples import Samples, files_of
     from vl2_jax.serving.engine import Engine
     from vl2_jax.serving.requests import Limits
@@ -118,7 +122,7 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
     settings = {
         "model": model.model,
         "model_files": _fingerprint_of(find_model(model.model)),
-        "adapters": None if model.adapters is None else str(model.adapters),
+        "adapters": None if model.adapters is None else _fingerprint_of(model.adapters),
         "dtype": model.dtype,
         "weights": model.weights,
         "data": samples.fingerprints(),
@@ -126,31 +130,34 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
         "max_tokens": of.max_tokens or MAX_TOKENS,
     }
     answers.begin(folder, settings)
-    vl2, _ = model.load(devices)
-    with Display(messages) as report:
+    if rows_left(folder, settings, rows, share):
+        vl2, _ = model.load(devices)
         limits = Limits(max_running=of.max_num_seqs, max_waiting=of.max_num_seqs)
-        with Engine(vl2, limits, report=report) as engine:
-            known = ask(
-                engine, vl2.processor, samples, benchmark, folder, settings, rows, share, 2 * of.max_num_seqs, report
-            )
+        at_once = limits.max_running + limits.max_waiting
+        with Display(messages) as report, Engine(vl2, limits, report=report) as engine:
+            ask(engine, vl2.processor, samples, benchmark, folder, settings, rows, share, at_once, report)
     wait_for_all("evaluated")
     if messages.quiet:  # another process puts together what all have answered
         return
-    known = answers.read(folder, answers.settings_hash(settings))
-    mine = {key: answer for key, answer in known.items() if answer.row < rows}
-    missing = rows - len(answers.rows_done(mine))
-    if missing:
-        tell(f"{missing} of {rows} rows are other shares'; run this without --shard once they are in {folder}")
+    if left := rows_left(folder, settings, rows):
+        tell(f"{len(left)} of {rows} rows are other shares'; run this without --shard once they are in {folder}")
         return
-    found = results.results_of(name, benchmark, mine.values(), settings)
-    results.save(folder, found, mine.values())
+    answered = [a for a in answers.read(folder, answers.settings_hash(settings)).values() if a.row < rows]
+    found = results.results_of(name, benchmark, answered, settings)
+    results.save(folder, found, answered)
     if found.lines:
-        write_file(folder / results.PAGE_FILE, page(found, mine.values(), samples))
+        write_file(folder / results.PAGE_FILE, page(found, answered, samples))
     if json:
         print_json(dataclasses.asdict(found) | {"score": found.score})
     else:
         write(results.table(found))
     tell(f"answers, numbers and wrong answers with their pictures are in {folder}")
+
+
+def _refuse(flags: dict[str, tuple[Any, Any]], belongs_to: str) -> None:
+    """Flags that were given, though what they are for is not asked; (value, default) by name."""
+    if given := [name for name, (value, default) in flags.items() if value != default]:
+        raise RequestError(f"--{given[0]} is for {belongs_to}.")
 
 
 def _fingerprint_of(directory: Path) -> dict[str, str]:

@@ -48,7 +48,7 @@ def page(results: Results, answers: Iterable[Scored], samples: Samples) -> str:
             f"<tr><td>{html.escape(line.part)}<td>{line.questions} questions<td>{line.score:.1f} {results.unit}"
             for line in results.lines
         ),
-        f"</table>\n<h2>{len(wrong)} answers that are not right</h2>",
+        f"</table>\n<h2>Answers that are not right: {len(wrong)}</h2>",
         f"<p>The first {MOST_SHOWN} are shown, {left_out} are left out.</p>" if left_out > 0 else "",
         *(_article(answer, samples) for answer in wrong[:MOST_SHOWN]),
         "</body></html>\n",

@@ -21,6 +21,12 @@ from vl2_jax.progress import Report, silent
 from vl2_jax.serving.requests import Event, Failed, Finished, Request, Serves
 
 
+def rows_left(folder: Path, settings: dict[str, Any], rows: int, share: Share = EVERYTHING) -> list[int]:
+    """Rows of a share that nobody has answered yet."""
+    done = answers.rows_done(answers.read(folder, answers.settings_hash(settings)))
+    return [row for row in range(rows) if share.has(row) and row not in done]
+
+
 def seen_by(benchmark: Benchmark, processor: Processor) -> Processor:
     """The processor with as many tiles a picture as the benchmark is asked with."""
     if not benchmark.tiles:
@@ -40,36 +46,29 @@ def evaluate(
     share: Share = EVERYTHING,
     in_flight: int = 16,
     report: Report = silent,
-) -> dict[tuple[int, int], Scored]:
+) -> None:
     """Asks what is not answered yet of the first `rows` rows, a share of them.
 
     Args:
-      folder: where the answers are, and go to.
+      folder: where the answers are, and go to; `answers.begin` has made it.
       settings: what the answers depend on; `max_tokens` among them.
       in_flight: questions that are in the engine at once.
-
-    Returns:
-      All answers that are there, of other processes and of earlier runs too.
 
     Raises:
       ConfigError: a row that cannot be read, or that the rule does not fit, by file and row.
     """
-    answers.begin(folder, settings)
     hash_ = answers.settings_hash(settings)
     known = answers.read(folder, hash_)
-    finished = answers.rows_done(known)
-    mine = [row for row in range(rows) if share.has(row)]
-    left = [row for row in mine if row not in finished]
+    left = rows_left(folder, settings, rows, share)
     options = SamplingOptions(max_tokens=settings["max_tokens"])
     with AnswerFile(folder / share.file, hash_) as file:
-        number = len(mine) - len(left)
-        report("answering", number, len(mine))
+        number = 0
+        report("answering", number, len(left))
         asked = _questions(samples, benchmark, left, known, file)
         for answer in _ask(engine, seen_by(benchmark, processor), benchmark, asked, options, in_flight):
             file.write(answer)
             number += answer.number == 0
-            report("answering", number, len(mine))
-    return answers.read(folder, hash_)
+            report("answering", number, len(left))
 
 
 def _questions(
