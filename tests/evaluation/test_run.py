@@ -195,6 +195,7 @@ def test_grounding_is_drawn_with_both_boxes(command, tmp_path):
 def test_answers_that_nobody_here_can_score_are_kept_for_the_server(command, tmp_path):
     file = write_parquet(tmp_path / "DocVQA_TEST.parquet", [row | {"answer": None} for row in ROWS[:3]])
     shown = command(lambda request: "It is 12.", "--data", file)
+    assert "DocVQA_TEST.parquet, row 1 has no right answer" in shown.err
     assert "3 answers; the data has no right ones" in shown.out
     kept = json.loads((tmp_path / "out" / "submission.json").read_text())
     assert kept == [{"questionId": number, "answer": "It is 12"} for number in range(3)]

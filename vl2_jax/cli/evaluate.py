@@ -118,6 +118,12 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
     if first is None:
         raise RequestError(f"none of the first {rows} rows of {shown(str(files[0]))} has a picture; nothing is left.")
     benchmark.check(first[0])  # before minutes are spent on loading weights
+    if not first[0].answers and first[0].box is None:
+        tell(
+            f"{first[0].where} has no right answer, in a column 'answer' or 'answers'; answers are kept for the "
+            "benchmark's own server, and not scored",
+            "yellow",
+        )
     folder = of.out or Path("evaluations") / f"{name}-{_stem(Path(model.model))}"
     settings = {
         "model": model.model,

@@ -16,7 +16,7 @@ import functools
 import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +194,7 @@ def _read(row: int, where: str, columns: dict[str, Any], folder: Path, picture_a
     )
     if not expressions:
         return [common]
-    fields = {name: getattr(common, name) for name in common.__dataclass_fields__}
-    return [Sample(**fields | {"key": (row, number), "question": text}) for number, text in enumerate(expressions)]
+    return [replace(common, key=(row, number), question=text) for number, text in enumerate(expressions)]
 
 
 def _pictures(columns: dict[str, Any], picture_at: Any) -> list[Any]:
