@@ -111,7 +111,7 @@ OPTIONS = {"A": "a red ball", "B": "a blue ball", "C": "None of them"}
         ("a red ball, not a blue ball", NO_OPTION),
         ("b", NO_OPTION),
         ("Z", NO_OPTION),
-        ("a blue ball " + "and more " * 20, NO_OPTION),
+        ("a blue ball " + "and more " * 20, "B"),
         ("Cannot determine the answer. B", NO_OPTION),
         ("none of them", "C"),
     ],

@@ -161,7 +161,8 @@ def chosen(text: str, options: Mapping[str, str]) -> str:
     """The letter of the option that a text chooses: VLMEvalKit's exact matching, without another model that judges.
 
     The one letter that stands by itself; else the one option whose words stand in the text; else `NO_OPTION`. This is
-    the rule of December 2024, when the numbers that SPEC 8.5 compares with were made.
+    the rule of December 2024, when the numbers that SPEC 8.5 compares with were made; since July 2025 long answers are
+    left to the model that judges.
     """
     if any(refusal in text for refusal in _REFUSALS):
         return NO_OPTION
@@ -171,10 +172,7 @@ def chosen(text: str, options: Mapping[str, str]) -> str:
         return letters[0]
     if not letters and NO_OPTION in words:
         return NO_OPTION
-    lower = text.lower()
-    if len(lower) > 2 * sum(map(len, options.values())):
-        return NO_OPTION
-    named = [letter for letter, option in options.items() if option.lower() in lower]
+    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else NO_OPTION
 
 
