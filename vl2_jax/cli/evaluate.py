@@ -32,7 +32,7 @@ class BenchmarkFlags:
       benchmark: Whose questions these are, such as ChartQA, or a rule: vqa, anls, relaxed, exact, contains, yes-no,
         option, grounding. By default what the file's name says.
       images: Where relative paths of pictures begin; by default the folder of the file.
-      out: Folder of answers and results; a run that was ended goes on there. By default evaluations/BENCHMARK-MODEL.
+      out: Folder of answers and results; a run that was ended goes on there. By default evaluations/DATA-MODEL.
       limit: The first rows only.
       shard: 2/4 asks the second of four shares of the rows. With one --out, the last run without it puts them together.
       max_tokens: Longest answer; by default 2048, as the released adapter of VLMEvalKit has it.
@@ -95,38 +95,19 @@ def evaluate(
 
 def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None:
     from vl2_jax.api import find_model
-    from vl2_jax.evaluation import answers, results
-    from vl2_jax.evaluation.benchmarks import MAX_TOKENS, benchmark_of
-    from vl2_jax.evaluation.page import page
+    from vl2_jax.evaluation import answers
+    from vl2_jax.evaluation.benchmarks import MAX_TOKENS
     from vl2_jax.evaluation.run import evaluate as ask
     from vl2_jax.evaluation.run import rows_left
-    from vl2_jax.evaluation.samples import Samples, files_of
     from vl2_jax.serving.engine import Engine
     from vl2_jax.serving.requests import Limits
     from vl2_jax.sharding.processes import wait_for_all
-    from vl2_jax.training.folder import write as write_file
 
-    for name, value in {"limit": of.limit, "max-tokens": of.max_tokens, "max-num-seqs": of.max_num_seqs}.items():
-        if value is not None and value < 1:
-            raise RequestError(f"--{name} is {value}; expected at least 1.")
     share = _share(of.shard, devices.mesh)
-    files = files_of(of.data, [Path(), Path(os.environ.get(_DATA_OF_VLMEVALKIT) or Path.home() / "LMUData")])
-    samples = Samples(files, of.images)
-    name, benchmark = benchmark_of(of.benchmark or _stem(files[0]))
-    rows = min(len(samples), of.limit or len(samples))
-    first = next(filter(None, map(samples.__getitem__, range(rows))), None)
-    if first is None:
-        raise RequestError(f"none of the first {rows} rows of {shown(str(files[0]))} has a picture; nothing is left.")
-    benchmark.check(first[0])  # before minutes are spent on loading weights
-    if not first[0].answers and first[0].box is None:
-        tell(
-            f"{first[0].where} has no right answer, in a column 'answer' or 'answers'; answers are kept for the "
-            "benchmark's own server, and not scored",
-            "yellow",
-        )
-    folder = of.out or Path("evaluations") / f"{name}-{_stem(Path(model.model))}"
+    samples, rows, name, benchmark = _questions(of)
+    folder = of.out or Path("evaluations") / f"{_stem(Path(of.data[0]))}-{_stem(Path(model.model))}"
     settings = {
-        "model": model.model,
+        "model": Path(model.model).name,
         "model_files": _fingerprint_of(find_model(model.model)),
         "adapters": None if model.adapters is None else _fingerprint_of(model.adapters),
         "dtype": model.dtype,
@@ -148,11 +129,47 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
     if left := rows_left(folder, settings, rows):
         tell(f"{len(left)} of {rows} rows are other shares'; run this without --shard once they are in {folder}")
         return
-    answered = [a for a in answers.read(folder, answers.settings_hash(settings)).values() if a.row < rows]
+    known = answers.read(folder, answers.settings_hash(settings))
+    _report(name, benchmark, [a for a in known.values() if a.row < rows], samples, settings, folder, json)
+
+
+def _questions(of: BenchmarkFlags) -> tuple[Any, int, str, Any]:
+    """The questions, how many rows of them are asked, and whose they are: all that can be wrong before weights load."""
+    from vl2_jax.evaluation.benchmarks import benchmark_of
+    from vl2_jax.evaluation.samples import Samples, files_of
+
+    for name, value in {"limit": of.limit, "max-tokens": of.max_tokens, "max-num-seqs": of.max_num_seqs}.items():
+        if value is not None and value < 1:
+            raise RequestError(f"--{name} is {value}; expected at least 1.")
+    files = files_of(of.data, [Path(), Path(os.environ.get(_DATA_OF_VLMEVALKIT) or Path.home() / "LMUData")])
+    samples = Samples(files, of.images)
+    name, benchmark = benchmark_of(of.benchmark or _stem(Path(of.data[0])))
+    rows = min(len(samples), of.limit or len(samples))
+    first = next(filter(None, map(samples.__getitem__, range(rows))), None)
+    if first is None:
+        raise RequestError(f"none of the first {rows} rows of {shown(str(files[0]))} has a picture; nothing is left.")
+    benchmark.check(first[0])
+    if not first[0].answers and first[0].box is None:
+        tell(
+            f"{first[0].where} has no right answer, in a column 'answer' or 'answers'; answers are kept for the "
+            "benchmark's own server, and not scored",
+            "yellow",
+        )
+    return samples, rows, name, benchmark
+
+
+def _report(
+    name: str, benchmark: Any, answered: list[Any], samples: Any, settings: dict[str, Any], folder: Path, json: bool
+) -> None:
+    from vl2_jax.evaluation import results
+    from vl2_jax.evaluation.page import page
+    from vl2_jax.training.folder import write as write_file
+
     found = results.results_of(name, benchmark, answered, settings)
     results.save(folder, found, answered)
     if found.lines:
-        write_file(folder / results.PAGE_FILE, page(found, answered, samples))
+        html = page(found, answered, samples)
+        write_file(folder / results.PAGE_FILE, html.encode("utf-8", "backslashreplace"))
     if json:
         print_json(dataclasses.asdict(found) | {"score": found.score})
     else:

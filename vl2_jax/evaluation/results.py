@@ -97,11 +97,11 @@ def table(results: Results) -> str:
 
 def save(folder: Path, results: Results, answers: Iterable[Scored]) -> None:
     """The numbers as JSON; what nobody here can score, as the server of DocVQA and InfoVQA takes it."""
-    write(folder / RESULTS_FILE, json.dumps(asdict(results) | {"score": results.score}, indent=2, ensure_ascii=False))
+    write(folder / RESULTS_FILE, json.dumps(asdict(results) | {"score": results.score}, indent=2))
     unscored = [answer for answer in answers if answer.of and not answer.is_scored]
     if unscored:
         rows = [
             {"questionId": int(answer.name) if answer.name.isdecimal() else answer.name, "answer": said(answer.text)}
             for answer in unscored
         ]
-        write(folder / SUBMISSION_FILE, json.dumps(rows, indent=1, ensure_ascii=False))
+        write(folder / SUBMISSION_FILE, json.dumps(rows, indent=1))
