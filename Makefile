@@ -8,7 +8,7 @@ TESTS ?= tests
 comma := ,
 AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
-.PHONY: demo web serve load test test-slow web-test peers tpu vllm lint setup wheel clean
+.PHONY: demo web serve load test test-slow web-test peers harness tpu vllm lint setup wheel clean
 
 demo: $(VENV)/.ready-plain
 	@mkdir -p out
@@ -39,6 +39,11 @@ web-test: $(VENV)/.ready-web
 
 peers: $(VENV)/.ready-peers
 	$(BIN)/python -m pytest -q -rP tests/peers
+
+# lmms-eval brings torch and many others, 6 GB of them, and asks for older releases of some: an environment of its own.
+harness:
+	$(MAKE) .venv-harness/.ready-harness VENV=.venv-harness
+	.venv-harness/bin/python -m pytest -q -rP tests/harness
 
 # The TPU compiler comes as a wheel. It has an environment of its own: it writes to the terminal wherever jax starts.
 tpu:

@@ -24,7 +24,7 @@ COLOURS = (
     (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 255, 255), (255, 255, 0), (255, 0, 255), (127, 127, 127),
     (255, 255, 127), (255, 127, 255), (127, 255, 255), (127, 127, 255), (127, 255, 127), (255, 127, 127),
 )  # fmt: skip
-_LARGEST = 999  # coordinate: the right or the lower edge of the picture
+LARGEST = 999  # coordinate: the right or the lower edge of the picture
 _LINE_WIDTH = 3
 
 
@@ -47,6 +47,10 @@ class Box:
     raw: tuple[float, ...] = ()
     picture: int = 0
 
+    @property
+    def corners(self) -> tuple[int, int, int, int]:
+        return self.x1, self.y1, self.x2, self.y2
+
 
 def parse_boxes(text: str, width: int, height: int, *, as_released: bool = False, picture: int = 0) -> list[Box]:
     """The boxes an answer points at, in the order written; what is malformed gives no box.
@@ -65,7 +69,7 @@ def parse_boxes(text: str, width: int, height: int, *, as_released: bool = False
     boxes = []
     for label, box_list in pairs:
         for match in _BOX.finditer(box_list):
-            x1, y1, x2, y2 = (float(number) / _LARGEST for number in match.groups())
+            x1, y1, x2, y2 = (float(number) / LARGEST for number in match.groups())
             raw = tuple(float(number) if "." in number else int(number) for number in match.groups())
             corners = int(x1 * width), int(y1 * height), int(x2 * width), int(y2 * height)
             box = Box(label, *corners, raw, picture)
@@ -77,7 +81,7 @@ def parse_boxes(text: str, width: int, height: int, *, as_released: bool = False
 def write_boxes(boxes: Sequence[Sequence[float]], width: float, height: float) -> str:
     """`<|det|>[[x1, y1, x2, y2], ...]<|/det|>` of rectangles in a picture of that size; what `parse_boxes` reads."""
     rows = [
-        [min(_LARGEST, max(0, round(value / whole * _LARGEST))) for value, whole in zip(box, (width, height) * 2)]
+        [min(LARGEST, max(0, round(value / whole * LARGEST))) for value, whole in zip(box, (width, height) * 2)]
         for box in boxes
     ]
     return f"<|det|>{rows}<|/det|>"
@@ -96,7 +100,7 @@ def draw_boxes(image: Picture, boxes: Sequence[Box]) -> Image.Image:
         left, right = (min(max(x, -width), drawn.width + width) for x in (box.x1, box.x2))
         top, bottom = (min(max(y, -width), drawn.height + width) for y in (box.y1, box.y2))
         draw.rectangle((left, top, right, bottom), outline=COLOURS[number % len(COLOURS)], width=width)
-    anchors = [(box.x1, box.y1, box.x2, box.y2) for box in boxes]
+    anchors = [box.corners for box in boxes]
     for number, label in enumerate(place_labels([box.label for box in boxes], anchors, drawn.size)):
         if label is not None:
             draw_label(draw, label, COLOURS[number % len(COLOURS)])

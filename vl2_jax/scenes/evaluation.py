@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vl2_jax.api import VL2
+from vl2_jax.evaluation.metrics import BOX_IS_RIGHT, iou
 from vl2_jax.inference.answers import Answer
 from vl2_jax.processing.conversation import IMAGE_TAG
 from vl2_jax.processing.grounding import Box, parse_boxes
@@ -15,7 +16,6 @@ from vl2_jax.scenes.conversations import SceneSizes, scene_conversation
 
 _POINTING = ("locate", "grounded caption")
 _LONG = ("caption", "grounded caption")
-_IOU = 0.5
 _MAX_TOKENS = 200
 _BATCH = 16
 
@@ -87,17 +87,8 @@ def matched(expected: Sequence[Box], found: Sequence[Box]) -> float:
     left = list(found)
     hits = 0
     for box in expected:
-        best = max(left, key=lambda other: iou(box, other), default=None)
-        if best is not None and iou(box, best) >= _IOU:
+        best = max(left, key=lambda other: iou(box.corners, other.corners), default=None)
+        if best is not None and iou(box.corners, best.corners) >= BOX_IS_RIGHT:
             hits += 1
             left.remove(best)
     return hits / max(1, len(expected), len(found))
-
-
-def iou(a: Box, b: Box) -> float:
-    """Shared area / area of both together."""
-    across = min(a.x2, b.x2) - max(a.x1, b.x1)
-    down = min(a.y2, b.y2) - max(a.y1, b.y1)
-    shared = max(0, across) * max(0, down)
-    both = (a.x2 - a.x1) * (a.y2 - a.y1) + (b.x2 - b.x1) * (b.y2 - b.y1) - shared
-    return shared / both if both > 0 else 0.0
