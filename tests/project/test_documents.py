@@ -1,14 +1,19 @@
 """The documentation is true: links lead where they say, and every notebook runs."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import jupytext
 import nbclient
 import pytest
+from PIL import Image
 
 from docs.links import PAGES, ROOT, wrong_links
+from vl2_jax.cli import main
+from vl2_jax.cli.parsing import COMMANDS
+from vl2_jax.training.formats import to_conversation
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONG = {"finetune", "sharding"}  # one trains for a minute and a half, one compiles for four meshes
@@ -36,6 +41,37 @@ def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_records_of_the_chapter_about_data_are_read(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
+    blocks = re.findall(
+        r"```json\n(.*?)```", (ROOT / "docs" / "data-formats.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) >= 9
+    for line in lines:
+        *_, question, answer = to_conversation(json.loads(line), tmp_path)
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        assert "photo.jpg" in str(question["images"]) or "instruction" in line
+        assert answer["content"] in ("The second.", "<|ref|>the leak<|/ref|><|det|>[[156, 416, 468, 832]]<|/det|>")
+
+
+def test_the_tests_that_show_what_is_promised_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    assert [test for test in named if f"\ndef {test[1]}(" not in (ROOT / test[0]).read_text(encoding="utf-8")] == []
+
+
+def test_the_readme_has_a_row_for_each_command_and_no_flag_that_is_none(capsys):
+    table = (ROOT / "README.md").read_text().partition("## Commands")[2].partition("##")[0]
+    rows = re.findall(r"^\| `vl2 (\w+)(.*)", table, re.MULTILINE)
+    assert [command for command, _ in rows] == list(COMMANDS)
+    for command, row in rows:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert [flag for flag in re.findall(r"--[a-z-]+", row) if flag not in shown] == []
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
