@@ -8,7 +8,7 @@ TESTS ?= tests
 comma := ,
 AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
-.PHONY: demo serve load test test-slow peers tpu lint setup docs wheel wheel-test clean
+.PHONY: demo serve load test test-slow peers tpu lint setup docs wheel wheel-test notebooks clean
 
 demo: $(VENV)/.ready-demo
 	@mkdir -p out
@@ -66,6 +66,13 @@ wheel-test: wheel
 	  rm -r "$$folder/tests/project" && cd "$$folder" && unset PYTHONPATH && \
 	  $(CURDIR)/.venv-wheel/bin/python -c "import vl2_jax; assert 'site-packages' in vl2_jax.__file__" && \
 	  $(CURDIR)/.venv-wheel/bin/python -m pytest -n $(WORKERS) --dist loadfile -q $(TESTS)
+
+# As somebody who opens them from a link: each begins where nothing is installed, and installs the wheel itself.
+notebooks: wheel
+	rm -rf .venv-notebooks
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install -q --disable-pip-version-check nbclient ipykernel
+	unset PYTHONPATH && VL2_WHEEL=$$(ls $(CURDIR)/dist/vl2_jax-*.whl) .venv-notebooks/bin/python notebooks/check.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

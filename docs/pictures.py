@@ -13,8 +13,8 @@ from matplotlib.patches import Patch
 from vl2_jax.config import read_preset
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.tiling import FIRST_TOKEN_ROW, NEWLINE_ROW, cut_tiles, select_best_resolution, visual_rows
-from vl2_jax.scenes import SceneSizes
-from vl2_jax.scenes.drawing import render, sample_scene
+from vl2_jax.scenes.demo import demo_scene
+from vl2_jax.scenes.drawing import render
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
@@ -80,11 +80,8 @@ def draw_training() -> None:
 
 
 def draw_demo() -> None:
-    """The scene of `make demo`: of those drawn from this seed one that vl2-nano answers rightly."""
-    sizes = SceneSizes()
-    random = np.random.default_rng((2_000_000, 114))
-    scene = sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words)
-    render(scene).save(ROOT / "assets" / "scene.png")
+    """The scene of `make demo`."""
+    render(demo_scene()).save(ROOT / "assets" / "scene.png")
 
 
 if __name__ == "__main__":

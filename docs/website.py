@@ -1,8 +1,8 @@
-"""The documentation site: `make docs` writes it to out/website/site, which can be opened without a server or a network.
+"""The documentation site: `make docs` writes it to out/website/site, which is read without a server or a network.
 
-The pages are those that are read on a code host, in the same folders, so that their links stay as they are. Added are pages that are
-made when the site is: the notebooks with their outputs, the flags of every command, the docstrings, and every
-source file that a page links to, with its lines numbered.
+The pages are those that are read on a code host, in the same folders, so that their links stay as they are. Added are
+pages that are made when the site is: the notebooks with their outputs, the flags of every command, the docstrings,
+and every source file that a page links to, with its lines numbered.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ def test_the_changelog_begins_with_this_version():
 
 
 def test_a_release_is_told_by_its_section_of_the_changelog():
-    changelog = f"# Changelog\n\n## {__version__} - 2026-12-01\n\n### New\n\n- It is there.\n\n## 0.0.9 - 2026-01-01\n\n- Old.\n"
+    this, before = f"## {__version__} - 2026-12-01\n\n### New\n\n- It is there.", "## 0.0.9 - 2026-01-01\n\n- Old."
+    changelog = f"# Changelog\n\n{this}\n\n{before}\n"
     assert notes(f"v{__version__}", changelog) == "### New\n\n- It is there."
 
 
