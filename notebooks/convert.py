@@ -31,6 +31,8 @@ from convert.from_torch import convert
 from convert.to_torch import export
 from vl2_jax.api import find_model
 from vl2_jax.errors import VL2Error
+from vl2_jax.scenes.demo import demo_scene
+from vl2_jax.scenes.drawing import render
 
 released = find_model("vl2-nano")
 folder = Path(tempfile.mkdtemp())
@@ -113,5 +115,6 @@ else:
 data[len(data) // 2] ^= 1
 largest.write_bytes(data)
 vl2 = vl2_jax.load(converted)
-(answer,) = vl2.generate([{"role": "user", "content": "Hello"}], max_tokens=4)
-print(repr(answer.text))
+question = {"role": "user", "content": "<image>\nWhat is written here?", "images": [render(demo_scene())]}
+(answer,) = vl2.generate([question], max_tokens=8)
+print(answer.text)

@@ -19,13 +19,14 @@
 
 # %%
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import matplotlib.pyplot as plt
 
 import vl2_jax
-from vl2_jax.cli import main
 from vl2_jax.processing.grounding import draw_boxes, parse_boxes
 from vl2_jax.scenes.conversations import SceneSizes
 from vl2_jax.scenes.evaluation import ask_all, table
@@ -33,10 +34,11 @@ from vl2_jax.scenes.evaluation import ask_all, table
 # %% [markdown]
 # ## The command
 #
-# In a terminal: `vl2 eval --model vl2-nano --count 8`. A hundred scenes, the default, make a better estimate.
+# In a terminal: `vl2 eval --model vl2-nano --count 6`. A hundred scenes, the default, make a better estimate.
 
 # %%
-main(["eval", "--model", "vl2-nano", "--count", "8"])
+command = [sys.executable, "-m", "vl2_jax.cli", "eval", "--model", "vl2-nano", "--count", "6"]
+print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 # %% [markdown]
 # ## The answers themselves
@@ -45,7 +47,7 @@ main(["eval", "--model", "vl2-nano", "--count", "8"])
 
 # %%
 vl2 = vl2_jax.load("vl2-nano", dtype="float32")
-asked = ask_all(vl2, 16, 5, SceneSizes())
+asked = ask_all(vl2, 10, 5, SceneSizes())
 wrong = [one for one in asked if one.score < 1]
 print(f"{len(asked)} questions, {len(wrong)} not wholly right")
 for one in wrong[:6]:

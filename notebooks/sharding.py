@@ -71,7 +71,7 @@ shown = (
     "language/layers_1/mlp/shared_experts/gate_proj/kernel",
     "vision/blocks_0/qkv/kernel",
 )
-figure, axes = plt.subplots(len(shown), len(meshes), figsize=(11, 6), layout="constrained")
+figure, axes = plt.subplots(len(shown), len(meshes), figsize=(9, 5), layout="constrained")
 for column, (mesh, vl2) in enumerate(models.items()):
     flat = flatten(vl2.params)
     for row, path in enumerate(shown):
