@@ -8,7 +8,8 @@ opened, and what installs the package where it is missing.
 
 from __future__ import annotations
 
-import re
+import base64
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import jupytext
 import nbclient
 import nbformat
+from PIL import Image
 
 HERE = Path(__file__).parent
 REPOSITORY = "OWNER/REPOSITORY"  # on GitHub, as soon as the project has its place there
@@ -77,14 +79,28 @@ def build(script: Path) -> None:
     book = composed(script)
     with tempfile.TemporaryDirectory() as empty:
         run(book, empty)
-        for cell in book.cells:
-            cell.metadata.pop("execution", None)  # times of day would change the file at every run
-            if "outputs" in cell:
-                cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-                for output in cell.outputs:
-                    if "text" in output:
-                        output["text"] = re.sub(re.escape(empty), "", output["text"])
-    nbformat.write(book, script.with_suffix(".ipynb"))
+    nbformat.write(slimmed(book), script.with_suffix(".ipynb"))
+
+
+def slimmed(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Without what a reader does not see: times of day, which would change the file at every run, and progress."""
+    for cell in book.cells:
+        cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                data = output.get("data", {})
+                data.pop("image/jpeg", None)  # of a Pillow picture, beside the same as PNG
+                if "image/png" in data:
+                    data["image/png"] = _in_few_colours(data["image/png"])
+    return book
+
+
+def _in_few_colours(png: str) -> str:
+    """A picture in base64, in a third of the bytes."""
+    picture, file = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB"), io.BytesIO()
+    picture.quantize(64, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":
