@@ -8,7 +8,7 @@ TESTS ?= tests
 comma := ,
 AS_USERS := XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
-.PHONY: demo web serve load test test-slow web-test peers harness tpu vllm lint setup wheel clean
+.PHONY: demo web serve load test test-slow web-test peers harness tpu vllm lint setup docs wheel wheel-test notebooks clean
 
 demo: $(VENV)/.ready-plain
 	@mkdir -p out
@@ -60,14 +60,37 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 setup: $(VENV)/.ready-dev
+
+# A site that is read in a browser without a server or a network: out/website/site/index.html
+docs: $(VENV)/.ready-docs
+	$(BIN)/python docs/website.py
 
 # For machines that have no checkout: pip install "$(ls dist/vl2_jax-*.whl)[tpu,train]"
 wheel: $(BIN)/python
 	rm -rf dist
 	$(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --wheel-dir dist .
 	@ls dist/*.whl
+
+# The fast tests of what people install: the wheel in an environment of its own, the tests in a folder where nothing
+# else lies. Those of the checkout itself (tests/project) stay here. TESTS chooses some.
+wheel-test: wheel
+	rm -rf .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install -q --disable-pip-version-check "$$(ls $(CURDIR)/dist/vl2_jax-*.whl)[test]"
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && cp -r tests pyproject.toml "$$folder" && \
+	  rm -r "$$folder/tests/project" && cd "$$folder" && unset PYTHONPATH && \
+	  $(CURDIR)/.venv-wheel/bin/python -c "import vl2_jax; assert 'site-packages' in vl2_jax.__file__" && \
+	  $(CURDIR)/.venv-wheel/bin/python -m pytest -n $(WORKERS) --dist loadfile -q $(TESTS)
+
+# As somebody who opens them from a link: each begins where nothing is installed, and installs the wheel itself.
+notebooks: wheel
+	rm -rf .venv-notebooks
+	$(PYTHON) -m venv .venv-notebooks
+	.venv-notebooks/bin/python -m pip install -q --disable-pip-version-check nbclient ipykernel
+	unset PYTHONPATH && VL2_WHEEL=$$(ls $(CURDIR)/dist/vl2_jax-*.whl) .venv-notebooks/bin/python notebooks/check.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,8 +13,8 @@ from matplotlib.patches import Patch
 from vl2_jax.config import read_preset
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.tiling import FIRST_TOKEN_ROW, NEWLINE_ROW, cut_tiles, select_best_resolution, visual_rows
-from vl2_jax.scenes import SceneSizes
-from vl2_jax.scenes.drawing import render, sample_scene
+from vl2_jax.scenes.demo import demo_scene
+from vl2_jax.scenes.drawing import render
 
 matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
@@ -79,12 +79,91 @@ def draw_training() -> None:
     figure.savefig(OUT / "nano-loss.png", dpi=80)
 
 
+def draw_flow(name: str, boxes: dict[str, tuple[float, float, str]], arrows: list[tuple[str, str, str]]) -> None:
+    """Boxes at (column, row) with a text each, and arrows between them with what they carry."""
+    columns, rows = (max(place[axis] for place in boxes.values()) for axis in (0, 1))
+    figure, axes = plt.subplots(figsize=(2.1 * columns + 1.6, 1.05 * rows + 0.8))
+    frame = {"boxstyle": "round,pad=0.45", "facecolor": "#eef2fb", "edgecolor": "#5b74b8"}
+    placed = {
+        key: axes.text(x, -y, text, ha="center", va="center", fontsize=9, bbox=frame)
+        for key, (x, y, text) in boxes.items()
+    }
+    axes.set(xlim=(-0.55, columns + 0.55), ylim=(-rows - 0.5, 0.5))
+    axes.set_axis_off()
+    figure.subplots_adjust(0, 0, 1, 1)
+    figure.canvas.draw()
+    for begin, end, carried in arrows:
+        style = {"arrowstyle": "-|>", "color": "#333333", "shrinkA": 3, "shrinkB": 3}
+        ends = {"patchA": placed[begin].get_bbox_patch(), "patchB": placed[end].get_bbox_patch()}
+        (x1, y1, _), (x2, y2, _) = boxes[begin], boxes[end]
+        axes.annotate("", (x2, -y2), (x1, -y1), arrowprops=style | ends)
+        middle, white = ((x1 + x2) / 2, -(y1 + y2) / 2), {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        if carried:
+            axes.text(*middle, carried, ha="center", va="center", fontsize=7, color="#333333", bbox=white)
+    figure.savefig(OUT / f"{name}.png", dpi=110)
+
+
+def draw_flows() -> None:
+    draw_flow(
+        "model",
+        {
+            "messages": (0, 1, "messages,\npictures"),
+            "processor": (1, 1, "Processor\n(host: NumPy, Pillow)"),
+            "tower": (2.2, 0, "vision tower"),
+            "projector": (3.1, 0, "projector"),
+            "table": (4, 0, "visual table:\nnewline, separator,\ntokens of tiles"),
+            "embedding": (2.6, 2, "embedding"),
+            "gather": (4, 1.5, "gather"),
+            "decoder": (5, 1.5, "decoder"),
+            "sampling": (6, 1.5, "sampling:\ntext, boxes"),
+        },
+        [
+            ("messages", "processor", ""),
+            ("processor", "tower", "tiles [I, 384, 384, 3]"),
+            ("tower", "projector", "[I, 729, 1152]"),
+            ("projector", "table", "[I, 196, D]"),
+            ("processor", "embedding", "ids [B, T]"),
+            ("processor", "gather", "visual index [B, T]"),
+            ("table", "gather", ""),
+            ("embedding", "gather", ""),
+            ("gather", "decoder", "[B, T, D]"),
+            ("decoder", "sampling", "[B, T, V]"),
+        ],
+    )
+    draw_flow(
+        "server",
+        {
+            "client": (0, 1, "client"),
+            "door": (1, 1, "Door: keys,\nhosts, ids, log"),
+            "bodies": (2, 1, "routes, bodies:\nJSON, bounds"),
+            "service": (3, 1, "Service:\nconversations"),
+            "threads": (4.3, 0, "threads:\ntokens"),
+            "decoders": (4.3, 1, "processes: decoding,\ntiles, tokens"),
+            "fetcher": (3, 1.9, "Fetcher"),
+            "engine": (5.6, 1, "engine: one thread,\nthe device"),
+            "answers": (5.6, 2, "Answers: a queue\nin the loop"),
+            "replies": (4.3, 3, "replies,\nstreams"),
+        },
+        [
+            ("client", "door", "HTTP"),
+            ("door", "bodies", ""),
+            ("bodies", "service", ""),
+            ("service", "threads", "text"),
+            ("service", "decoders", "pictures"),
+            ("service", "fetcher", "addresses"),
+            ("fetcher", "decoders", ""),
+            ("threads", "engine", ""),
+            ("decoders", "engine", ""),
+            ("engine", "answers", "events"),
+            ("answers", "replies", ""),
+            ("replies", "client", ""),
+        ],
+    )
+
+
 def draw_demo() -> None:
-    """The scene of `make demo`: of those drawn from this seed one that vl2-nano answers rightly."""
-    sizes = SceneSizes()
-    random = np.random.default_rng((2_000_000, 114))
-    scene = sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words)
-    render(scene).save(ROOT / "assets" / "scene.png")
+    """The scene of `make demo`."""
+    render(demo_scene()).save(ROOT / "assets" / "scene.png")
 
 
 if __name__ == "__main__":
@@ -95,4 +174,5 @@ if __name__ == "__main__":
     draw_tiles(photograph, best)
     draw_sequence(best)
     draw_training()
+    draw_flows()
     draw_demo()

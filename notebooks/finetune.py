@@ -15,8 +15,6 @@
 #
 # `vl2-nano`, the small model that comes with the project, knows colours. We teach it a question that it has never been asked,
 # *is its colour a warm one?*, first with low-rank adapters, then with all of its weights. With a released model the same lines run on a TPU.
-#
-# In Colab or elsewhere without a checkout, upload the wheel that `make wheel` builds in one, and first `%pip install "./vl2_jax-0.1.0-py3-none-any.whl[train,notebooks]"`.
 
 # %%
 import json

@@ -17,22 +17,18 @@
 #
 # The model here is `vl2-nano`, which comes with the project: it is small, and knows only drawn scenes of shapes and words. Give
 # `vl2_jax.load` a released model: `"deepseek-ai/deepseek-vl2-tiny"` (13 GB of memory in float32), or its directory.
-#
-# In Colab or elsewhere without a checkout, upload the wheel that `make wheel` builds in one, and the folder `assets`, and first `%pip install "./vl2_jax-0.1.0-py3-none-any.whl[notebooks]"`.
 
 # %%
-from pathlib import Path
-
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 import vl2_jax
 from vl2_jax.processing.grounding import draw_boxes, parse_boxes
-from vl2_jax.processing.images import load_image
+from vl2_jax.scenes.demo import demo_scene
+from vl2_jax.scenes.drawing import render
 
-root = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "assets").is_dir())
-scene = root / "assets" / "scene.png"
+picture = render(demo_scene())  # a path, bytes or an address would do as well
 
 vl2 = vl2_jax.load("vl2-nano")
 print(f"{sum(a.size for a in jax.tree.leaves(vl2.params)):,} parameters")
@@ -45,7 +41,7 @@ print(f"{sum(a.size for a in jax.tree.leaves(vl2.params)):,} parameters")
 
 # %%
 conversation = [
-    {"role": "user", "content": "<image>\nWhat do you see?", "images": [str(scene)]},
+    {"role": "user", "content": "<image>\nWhat do you see?", "images": [picture]},
     {"role": "assistant", "content": ""},
 ]
 batch = vl2.processor(conversation)
@@ -75,12 +71,12 @@ print(answer.finish_reason, answer.token_ids[:8], np.round(answer.logprobs[:4], 
 
 # %%
 questions = ["How many shapes are there?", "Where is the green star, seen from the yellow circle: above or below it?"]
-several = [[{"role": "user", "content": f"<image>\n{q}", "images": [str(scene)]}] for q in questions]
+several = [[{"role": "user", "content": f"<image>\n{q}", "images": [picture]}] for q in questions]
 for row in vl2.generate(several, max_tokens=8, temperature=0.7, seed=1):
     print(row.prompt_tokens, repr(row.text))
 
 chat = vl2.chat()
-chat.ask("<image>\nWhat do you see?", [str(scene)], max_tokens=8)
+chat.ask("<image>\nWhat do you see?", [picture], max_tokens=8)
 answer = chat.ask("Are you sure?", max_tokens=8)
 print(answer.timings.reused_tokens, "positions came from the cache")
 
@@ -91,10 +87,9 @@ print(answer.timings.reused_tokens, "positions came from the cache")
 # answer can be given, and the model continues it.
 
 # %%
-picture = load_image(scene)
 begun = "<|ref|>the circle<|/ref|><|det|>[["
 turns = [
-    {"role": "user", "content": "<image>\n<|ref|>the circle<|/ref|>", "images": [str(scene)]},
+    {"role": "user", "content": "<image>\n<|ref|>the circle<|/ref|>", "images": [picture]},
     {"role": "assistant", "content": begun},
 ]
 (answer,) = vl2.generate(turns, max_tokens=24)

@@ -15,8 +15,6 @@
 #
 # Eight virtual devices on a CPU do what eight TPU chips would: the same programs, the same collectives, the same numbers. We lay a small model out
 # in three ways, draw where each weight is, and check that the answer stays the same.
-#
-# In Colab or elsewhere without a checkout, upload the wheel that `make wheel` builds in one, and first `%pip install "./vl2_jax-0.1.0-py3-none-any.whl[notebooks]"`.
 
 # %%
 import os
@@ -36,8 +34,7 @@ from vl2_jax.config import VL2Config
 from vl2_jax.errors import MeshError
 from vl2_jax.sharding.mesh import default_mesh, make_mesh
 
-root = next((p for p in (Path.cwd(), *Path.cwd().parents) if (p / "assets").is_dir()), Path.cwd())
-directory = root / "out" / "nano"
+directory = Path("out") / "nano"
 if not directory.is_dir():
     create("vl2-nano", directory)
 len(jax.devices())
@@ -74,7 +71,7 @@ shown = (
     "language/layers_1/mlp/shared_experts/gate_proj/kernel",
     "vision/blocks_0/qkv/kernel",
 )
-figure, axes = plt.subplots(len(shown), len(meshes), figsize=(11, 6), layout="constrained")
+figure, axes = plt.subplots(len(shown), len(meshes), figsize=(9, 5), layout="constrained")
 for column, (mesh, vl2) in enumerate(models.items()):
     flat = flatten(vl2.params)
     for row, path in enumerate(shown):

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import vl2_jax
+from tests.conftest import GOLDENS
 from vl2_jax.compilation import VARIABLE, counting_compilations, keep_compiled_programs
 from vl2_jax.inference.chunks import chunking
 
@@ -58,7 +59,13 @@ print(len(missed))
 def test_a_second_start_compiles_nothing(tmp_path, first_layers):
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMP", "JAX_PERS"))}
     environment = kept | {"XDG_CACHE_HOME": str(tmp_path)}
-    command = ["generate", "--model", str(first_layers("nano-small")), "--image", "assets/scene.png"]
+    command = [
+        "generate",
+        "--model",
+        str(first_layers("nano-small")),
+        "--image",
+        str(GOLDENS / "images" / "square.png"),
+    ]
     command += ["--prompt", "What is written here?", "--max-tokens", "8"]
 
     def start(*more):

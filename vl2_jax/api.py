@@ -285,7 +285,8 @@ class Chat:
         """The answer to one more message. A turn that fails or is interrupted leaves the conversation as it was.
 
         Args:
-          text, images: of the message; other arguments are those of `VL2.generate`.
+          text: of the message; other arguments are those of `VL2.generate`.
+          images: of the message.
 
         Raises:
           ConversationError: the answer before is still being written, or see `VL2.generate`.

@@ -2,19 +2,18 @@
 
 import contextlib
 import io
+import os
+import pty
 import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from vl2_jax import __version__
 from vl2_jax.cli import main
 from vl2_jax.cli.parsing import COMMANDS, parse
-
-README = Path(__file__).parents[2] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +35,6 @@ def test_help_tells_the_default_of_every_flag(helps, command):
     assert [flag for flag in flags if not re.search(r"\(\s*(?:default:|required|repeatable)", flag)] == []
 
 
-def test_the_readme_has_a_row_for_each_command_and_no_flag_that_is_none(helps):
-    table = README.read_text().partition("## Commands")[2].partition("##")[0]
-    rows = re.findall(r"^\| `vl2 (\w+)(.*)", table, re.MULTILINE)
-    assert [command for command, _ in rows] == list(COMMANDS)
-    for command, row in rows:
-        assert [flag for flag in re.findall(r"--[a-z-]+", row) if flag not in helps[command]] == []
-
-
 def test_help_and_version_do_not_wait_for_jax():
     code = "import sys; from vl2_jax.cli import main\ntry: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -52,12 +43,62 @@ def test_help_and_version_do_not_wait_for_jax():
     assert _printed(["--version"]) == f"vl2 {__version__}\n"
 
 
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    path = tmp_path_factory.mktemp("completion") / "vl2"
+    path.write_text(_printed(["--print-completion", "bash"]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("gen", ["generate"]),
+        ("", ["-h", "--help", *COMMANDS]),
+        ("generate --max-t", ["--max-tokens"]),
+        ("serve --max-num", ["--max-num-seqs", "--max-num-queued-reqs", "--max-num-queued-tokens"]),
+        ("plan --for ", ["decode", "prefill", "train"]),
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(script, typed, offered):
+    words = ["vl2", *typed.split(" ")]
+    ask = f'source "$0"; COMP_WORDS=("$@"); COMP_CWORD={len(words) - 1}; _tyro_vl2; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    shown = subprocess.run(["bash", "-c", ask, script, *words], capture_output=True, text=True, check=True)
+    assert sorted(shown.stdout.split()) == sorted(offered)
+
+
+@pytest.mark.parametrize(
+    "begun", ["generate --image my\\ ph", "verify my\\ ph", "serve vl2-nano --port 1 --api-key-file my\\ ph"]
+)
+def test_bash_completes_names_of_files_as_it_is_typed(script, tmp_path, begun):
+    """In a terminal of its own: the tabulator, then the line is turned into one that prints itself."""
+    (tmp_path / "my photo.jpg").touch()
+    keys = f"PS1=; . {script}\nvl2 {begun}\t\x01printf '<%s>' \nexit\n"
+    ours, theirs = pty.openpty()
+    shell = ["bash", "--norc", "--noprofile", "-i"]
+    with subprocess.Popen(shell, cwd=tmp_path, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs, text=True) as bash:
+        os.write(ours, keys.encode())
+        printed, _ = bash.communicate(timeout=20)
+    os.close(ours), os.close(theirs)
+    assert printed.endswith("<my photo.jpg>")
+
+
+@pytest.mark.parametrize(("shell", "registers"), [("zsh", "#compdef vl2\n"), ("fish", "--command 'vl2'")])
+def test_other_shells_get_a_script_that_knows_each_command(shell, registers):
+    script = _printed(["--print-completion", shell])
+    assert registers in script
+    assert [command for command in COMMANDS if f"'{command}': {{'description'" not in script] == []
+    assert script.count("or ['__TYRO_COMPLETE_FILES__']:") == 1
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ("", "give a command first: generate, chat"),
         ("--model m generate", "give a command first"),
         ("genrate --model m", "there is no command 'genrate'; did you mean generate?"),
+        ("--print-completion tcsh", "--print-completion takes bash, zsh or fish, not 'tcsh'."),
+        ("--print-completion", "takes bash, zsh or fish"),
         ("sing", "there is no command 'sing'; there are generate, chat"),
         ("generate --modle m --prompt x", "generate has no flag '--modle' (did you mean --model?)"),
         ("generate --model m --prompt x --max_tokns=3", "(did you mean --max-tokens?)"),

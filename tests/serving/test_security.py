@@ -7,11 +7,13 @@ import ast
 import json
 import logging
 import re
-import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+import convert
+import vl2_jax
 from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.serving.http.door import OPEN
 
@@ -19,8 +21,8 @@ from .conftest import NAME, ask
 from .pictures import address, part, png, question
 from .test_http_errors import HI, told
 
-ROOT = Path(__file__).parents[2]
-SOURCES = [path for folder in ("vl2_jax", "convert") for path in (ROOT / folder).rglob("*.py")]
+PACKAGE = Path(vl2_jax.__file__).parent
+SOURCES = [path for folder in (PACKAGE, Path(convert.__file__).parent) for path in folder.rglob("*.py")]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_rows_8_and_9_nothing_is_unpickled_evaluated_or_imported_from_models():
 
 def test_row_9_no_check_of_a_server_is_an_assertion_that_python_may_leave_out():
     """Assertions here tell the type checker what is true already."""
-    for path in (ROOT / "vl2_jax" / "serving" / "http").glob("*.py"):
+    for path in (PACKAGE / "serving" / "http").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assert):
                 assert re.match(r"isinstance\(|self\.\w+ is not None", ast.unparse(node.test)), path
@@ -236,8 +238,8 @@ def test_row_16_there_are_no_routes_but_these(server):
 
 
 def test_row_20_serving_needs_few_packages():
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    names = {re.match(r"[\w-]+", line)[0] for line in extras["serve"]}
+    needed = [line for line in metadata.requires("vl2-jax") if re.search(r"extra == .serve.$", line)]
+    names = {re.match(r"[\w-]+", line)[0] for line in needed}
     assert names == {"fastapi", "uvicorn", "sse-starlette", "prometheus-client", "httpcore"}
 
 

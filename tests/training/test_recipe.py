@@ -1,15 +1,14 @@
 """Recipes are read strictly: what is misspelled or of another kind is named."""
 
-from pathlib import Path
-
 import pytest
 
+from vl2_jax.config import configs_directory
 from vl2_jax.errors import ConfigError, VL2Error
 from vl2_jax.training.length import Length
 from vl2_jax.training.optimizer import optimizer_of
 from vl2_jax.training.recipe import build_recipe, read_recipe
 
-RECIPES = Path(__file__).parents[2] / "configs" / "training"
+RECIPES = configs_directory() / "training"
 
 
 def test_changes_are_laid_over_the_file(recipe_file):

@@ -45,9 +45,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
 }
 _DESCRIPTION = """DeepSeek-VL2: look at pictures, talk about them, point at things in them.
-`vl2 COMMAND --help` shows the flags of a command and an example; `vl2 --version` the version."""
+`vl2 COMMAND --help` shows the flags of a command and an example; `vl2 --version` the version;
+`vl2 --print-completion SHELL` what bash, zsh or fish needs to complete commands, flags and files."""
 _HELP_FLAGS = ("-h", "--help")
-_COMPLETION = "--tyro-"  # the parser's own flags, which print what shells need to complete a command line
+_SHELLS = ("bash", "zsh", "fish")
+_FILES_TOO = {  # in the parser's scripts, which complete file names after some flags alone
+    "for completion in completions:": "for completion in completions or ['__TYRO_COMPLETE_FILES__']:",
+    'COMPREPLY=($(compgen -f -- "$cur"))': "COMPREPLY=()",  # bash itself does it better: folders, blanks, arguments
+    "complete -F _tyro_vl2 vl2\n": "complete -o default -F _tyro_vl2 vl2\n",
+}
 _KINDS = {"INT": "a whole number", "FLOAT": "a number"}
 _WRONG = 2  # the exit code of a command line that cannot be read
 _LONGEST = 200  # characters of what the parser says
@@ -61,14 +67,37 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     if name == "--version":
         print(f"vl2 {__version__}")
         sys.exit()
-    if name in _HELP_FLAGS or name.startswith(_COMPLETION):
-        app = tyro.extras.SubcommandApp()
-        for other, command in COMMANDS.items():
-            app.command(name=other, help=(command.__doc__ or "").partition("\n\n")[0])(_deferred(command))
-        return app.cli(prog="vl2", description=_DESCRIPTION, args=arguments)
+    if name in _HELP_FLAGS:
+        return _all_commands(arguments)
+    if name == "--print-completion":
+        if len(given) != 1 or given[0] not in _SHELLS:
+            _refuse(
+                f"--print-completion takes {', '.join(_SHELLS[:-1])} or {_SHELLS[-1]}, not {shown(' '.join(given))}."
+            )
+        print(_completion(given[0]))
+        sys.exit()
     if not name or name.startswith("-"):
         _refuse(f"give a command first: {', '.join(COMMANDS)}; `vl2 --help` says what they do.")
     _refuse(f"there is no command {shown(name)}; {_meant(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}")
+
+
+def _all_commands(arguments: Sequence[str]) -> Callable[[], None]:
+    """What the parser of all commands together makes of arguments: slow, and its mistakes are not told in one line."""
+    app = tyro.extras.SubcommandApp()
+    for name, command in COMMANDS.items():
+        app.command(name=name, help=(command.__doc__ or "").partition("\n\n")[0])(_deferred(command))
+    return app.cli(prog="vl2", description=_DESCRIPTION, args=arguments)
+
+
+def _completion(shell: str) -> str:
+    """The parser's script for a shell. Where it knows no completion, files are offered: pictures, models, recipes."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        _all_commands(["--tyro-print-completion", shell])
+    script = out.getvalue()
+    for written, wanted in _FILES_TOO.items():
+        script = script.replace(written, wanted)
+    return script
 
 
 def _command(name: str, given: Sequence[str]) -> Callable[[], None]:

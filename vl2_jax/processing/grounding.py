@@ -60,7 +60,8 @@ def parse_boxes(text: str, width: int, height: int, *, as_released: bool = False
     swapped is not one. Numbers outside of 0 to 999 are kept; they lie outside of the picture. Takes linear time.
 
     Args:
-      width, height: of the picture, in pixels.
+      width: of the picture, in pixels.
+      height: likewise.
       as_released: the released rule. Labels and lists are paired in their order; an answer has no boxes at all if
         there are not as many of one as of the other, and neither may contain a line break.
       picture: the number of the picture that the boxes are in.

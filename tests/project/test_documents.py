@@ -1,19 +1,18 @@
-"""The documentation is true: links lead where they say, and every notebook runs."""
+"""The documentation is true: links lead where they say, what is named exists."""
 
-import ast
+import json
 import math
 import re
 from pathlib import Path
 
-import jupytext
-import nbclient
 import pytest
 import yaml
+from PIL import Image
 
 from docs.links import PAGES, ROOT, wrong_links
-
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LONG = {"finetune", "sharding"}  # one trains for a minute and a half, one compiles for four meshes
+from vl2_jax.cli import main
+from vl2_jax.cli.parsing import COMMANDS
+from vl2_jax.training.formats import to_conversation
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -38,6 +37,37 @@ def anchors(page: Path) -> set[str]:
     """Of its headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_records_of_the_chapter_about_data_are_read(tmp_path):
+    Image.new("RGB", (64, 48)).save(tmp_path / "photo.jpg")
+    blocks = re.findall(
+        r"```json\n(.*?)```", (ROOT / "docs" / "data-formats.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) >= 9
+    for line in lines:
+        *_, question, answer = to_conversation(json.loads(line), tmp_path)
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        assert "photo.jpg" in str(question["images"]) or "instruction" in line
+        assert answer["content"] in ("The second.", "<|ref|>the leak<|/ref|><|det|>[[156, 416, 468, 832]]<|/det|>")
+
+
+def test_the_tests_that_show_what_is_promised_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    assert [test for test in named if f"\ndef {test[1]}(" not in (ROOT / test[0]).read_text(encoding="utf-8")] == []
+
+
+def test_the_readme_has_a_row_for_each_command_and_no_flag_that_is_none(capsys):
+    table = (ROOT / "README.md").read_text().partition("## Commands")[2].partition("##")[0]
+    rows = re.findall(r"^\| `vl2 (\w+)(.*)", table, re.MULTILINE)
+    assert [command for command, _ in rows] == list(COMMANDS)
+    for command, row in rows:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert [flag for flag in re.findall(r"--[a-z-]+", row) if flag not in shown] == []
 
 
 def test_the_manifest_of_slices_fits_together():
@@ -65,33 +95,3 @@ def test_the_manifest_of_slices_fits_together():
     assert service["spec"]["ports"][0]["targetPort"] == port["containerPort"]
     assert service["spec"]["selector"].items() <= leader["metadata"]["labels"].items()
     assert yaml.safe_load((ROOT / "docs" / "gke-jobset.yaml").read_text())["kind"] == "JobSet"
-
-
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_its_readable_script(notebook):
-    paired = jupytext.read(notebook.with_suffix(".py"))
-    stored = jupytext.read(notebook)
-    assert [(c.cell_type, c.source) for c in stored.cells] == [(c.cell_type, c.source) for c in paired.cells]
-    ast.parse(notebook.with_suffix(".py").read_text())
-
-
-@pytest.mark.parametrize(
-    "notebook",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
-def test_a_notebook_runs(notebook):
-    run(notebook, notebook.parent)
-
-
-def test_the_notebook_of_meshes_runs_with_the_first_layers_of_a_model(tmp_path, first_layers):
-    """It takes the model that it finds in `out/nano`."""
-    for folder in ("assets", "out"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "out" / "nano").symlink_to(first_layers("nano-small"))
-    run(ROOT / "notebooks" / "sharding.ipynb", tmp_path)
-
-
-def run(notebook: Path, folder: Path) -> None:
-    book = jupytext.read(notebook)
-    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()

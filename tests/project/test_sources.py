@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("vl2_jax", "convert") for path in (ROOT / folder).rglob("*.py")]
 
 
