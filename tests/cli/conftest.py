@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 
+from vl2_jax.processing.grounding import Box
+
 
 @dataclass
 class Timings:
     new_tokens: int = 1
-
-
-@dataclass
-class Box:
-    label: str
-    x1: int
-    y1: int
-    x2: int
-    y2: int
-    raw: tuple[int, ...]
-    picture: int
 
 
 @dataclass

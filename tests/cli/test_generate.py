@@ -9,12 +9,12 @@ from inspect import signature
 import pytest
 from PIL import Image
 
-from tests.cli.conftest import Box
 from tests.conftest import GOLDENS
 from vl2_jax.api import load
 from vl2_jax.cli import main
 from vl2_jax.cli.flags import ModelFlags, SamplingFlags
 from vl2_jax.inference.sampling import SamplingOptions
+from vl2_jax.processing.grounding import Box
 
 PICTURE = str(GOLDENS / "images" / "square.png")
 
@@ -39,8 +39,8 @@ def test_every_flag_reaches_the_model(model):
     asked = "--prompt hi --system Short. --n 2 --stop . --stop END --ignore-eos --max-tokens 7 --temperature 0.5"
     sampled = "--top-p 0.8 --top-k 3 --repetition-penalty 1.2 --seed 9"
     sampled += " --presence-penalty 1.5 --frequency-penalty -0.5 --min-p 0.1 --min-tokens 2"
-    loaded = "--adapters a --no-merge --no-verify --dtype bfloat16 --weights int8 --chunk-size 64 --mesh auto"
-    main(f"generate --model m {asked} {sampled} {loaded} --dispatch ragged".split())
+    loaded = "--adapters a --no-merge --no-verify --dtype bfloat16 --weights int8 --cache int8 --chunk-size 64"
+    main(f"generate --model m {asked} {sampled} {loaded} --mesh auto --dispatch ragged".split())
     assert [message["content"] for message in model.asked] == ["Short.", "hi"]
     assert model.options == {
         "max_tokens": 7, "temperature": 0.5, "top_p": 0.8, "top_k": 3, "repetition_penalty": 1.2, "seed": 9,
@@ -50,8 +50,8 @@ def test_every_flag_reaches_the_model(model):
     name, options = model.loaded
     assert name == "m"
     assert {**options, "adapters": str(options["adapters"]), "report": None} == {
-        "adapters": "a", "merge": False, "verify": False, "dtype": "bfloat16", "weights": "int8", "chunk_size": 64,
-        "mesh": "auto", "dispatch": "ragged", "report": None,
+        "adapters": "a", "merge": False, "verify": False, "dtype": "bfloat16", "weights": "int8", "cache": "int8",
+        "chunk_size": 64, "mesh": "auto", "dispatch": "ragged", "report": None,
     }  # fmt: skip
 
 
