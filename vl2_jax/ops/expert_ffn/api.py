@@ -87,6 +87,8 @@ def _of_narrow(x, gate, up, down, expert_ids, combine_weights, spread_over):
 
 
 def _forward_of_narrow(*arguments):
+    """In training nearly all experts have rows: on a TPU a projection of all is widened, for the grouped kernel."""
+
     def grouped(*given):
         return _of_narrow_by_groups(*given)[0]
 
