@@ -1,6 +1,6 @@
 """What adapters learn beside quantised weights: the notebook's task and evaluation, on more pictures.
 
-python benchmarks/adapters.py --pictures 160 --seeds 3
+python benchmarks/adapters.py --pictures 160 --seeds 0 1 2
 
 vl2-nano ships in bfloat16, and computes in float32 here: "bfloat16" is the notebook's own run.
 """
@@ -29,7 +29,7 @@ _RUN = "\nrun = train(adapters"  # stands after the recipe of adapters, the last
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=160, help="that are asked about, beside the notebook's own")
-    parser.add_argument("--seeds", type=int, default=3, help="orders of the data and first adapters")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="orders of the data and first adapters")
     parser.add_argument("--kinds", nargs="+", default=["bfloat16", "int8", "int4"])
     given = parser.parse_args()
     names = _run_notebook()
@@ -45,7 +45,7 @@ def main() -> None:
     print("right of the notebook's pictures and of the others")
     for name in given.kinds:
         kind = None if name == "bfloat16" else name
-        for seed in range(given.seeds):
+        for seed in given.seeds:
             recipe = names["adapters"]
             recipe = dataclasses.replace(
                 recipe,
@@ -56,11 +56,9 @@ def main() -> None:
             run = train(recipe, folder / "run", lambda _: None)
             export_run(folder / "run", folder / "adapters", lambda _: None, adapters=True)
             load = partial(vl2_jax.load, "vl2-nano", dtype="float32", adapters=folder / "adapters")
-            told = (
-                f"{name:9} seed {seed}, {int(run.state.step)} steps   beside {shares(load(weights=kind, merge=False))}"
-            )
+            told = f"{name:9} seed {seed}, {run.state.step} steps   beside {shares(load(weights=kind, merge=False))}"
             if kind is not None:
-                told += f"   merged into bfloat16's numbers {shares(load())}"
+                told += f"   added to the bfloat16 weights {shares(load())}"
             print(told, flush=True)
 
 
