@@ -86,6 +86,7 @@ def answers_of(vl2: vl2_jax.VL2, scenes: int) -> list[np.ndarray]:
         batch = batch.padded_to(LENGTH, TILES, vl2.processor.tokenizer.pad_id)
         logits = logits_of(vl2, batch)[0]
         spoken = np.flatnonzero(batch.labels[0] != IGNORED)
+        spoken = spoken[spoken > 0]  # nothing stands before the first token, which has a label too
         found.append(np.asarray(jax.nn.log_softmax(logits[spoken - 1])))
     return found
 

@@ -27,6 +27,7 @@ class Plan:
     """What the compiler says of one program on one slice; times are estimates from public figures of the chip.
 
     Attributes:
+      weights, cache: kinds of them, `None` is bfloat16 or the recipe's.
       fits: the program was compiled within the chip's memory.
       memory: bytes of one device by kind; without the program's own temporaries where it does not fit.
       limit: bytes of one device.
@@ -46,6 +47,8 @@ class Plan:
     purpose: Purpose
     batch: int
     context: int
+    weights: str | None
+    cache: str | None
     fits: bool
     memory: dict[str, int]
     limit: int
@@ -132,6 +135,8 @@ def make_plan(
         purpose=purpose,
         batch=batch,
         context=context,
+        weights=weights,
+        cache=cache,
         fits=compiled is not None,
         memory={kind: size for kind, size in memory.items() if size},
         limit=int(place.chip.memory),
@@ -149,8 +154,10 @@ def make_plan(
 def described(plan: Plan) -> str:
     """A plan as lines of text."""
     mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
+    narrow = [f", {kind} {what}" for what in ("weights", "cache") if (kind := getattr(plan, what))]
     lines = [
-        f"{plan.model} on {plan.topology} ({mesh}): {plan.purpose}, {plan.batch} sequences of {plan.context} positions",
+        f"{plan.model} on {plan.topology} ({mesh}): {plan.purpose}, {plan.batch} sequences of {plan.context} positions"
+        + "".join(narrow),
         "",
         "memory of one device, from the compiler",
     ]
