@@ -28,11 +28,17 @@ def answers_in(folder):
 
 
 @pytest.mark.slow
-def test_what_was_killed_goes_on_and_two_processes_share(flags, tmp_path):
-    command = [sys.executable, "-m", "vl2_jax.cli", *flags, "--out"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=300, env=os.environ)
-    whole, rows = answers_in(tmp_path / "whole")
-    assert rows == len(whole) == len(questions(6))
+def test_two_processes_share_and_what_was_killed_goes_on_to_the_same(flags, tmp_path):
+    command, rows = [sys.executable, "-m", "vl2_jax.cli", *flags, "--out"], len(questions(6))
+    shared = tmp_path / "shared"
+    first, second = start_both([*flags, "--out", str(shared)], [], [])
+    (told, errors), (nothing, _) = first.communicate(timeout=300), second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0), errors
+    assert told.startswith("all ")
+    assert nothing == ""
+    whole, lines = answers_in(shared)
+    assert lines == len(whole) == rows
+    assert sorted(file.name for file in shared.glob("answers*")) == ["answers-1-of-2.jsonl", "answers-2-of-2.jsonl"]
 
     killed = tmp_path / "killed"
     with subprocess.Popen([*command, str(killed)], env=os.environ) as running:
@@ -41,18 +47,9 @@ def test_what_was_killed_goes_on_and_two_processes_share(flags, tmp_path):
             assert time.monotonic() < end
             time.sleep(0.005)
         running.send_signal(signal.SIGKILL)
-    assert len(answers_in(killed)[0]) < len(whole)
+    assert len(answers_in(killed)[0]) < rows
     subprocess.run([*command, str(killed)], check=True, timeout=300, env=os.environ)
     assert answers_in(killed)[0] == whole
-
-    shared = tmp_path / "shared"
-    first, second = start_both([*flags, "--out", str(shared)], [], [])
-    (told, errors), (nothing, _) = first.communicate(timeout=300), second.communicate(timeout=60)
-    assert (first.returncode, second.returncode) == (0, 0), errors
-    assert told.startswith("all ")
-    assert nothing == ""
-    assert answers_in(shared)[0] == whole
-    assert sorted(file.name for file in shared.glob("answers*")) == ["answers-1-of-2.jsonl", "answers-2-of-2.jsonl"]
 
 
 def test_a_row_is_done_when_all_its_questions_are():
