@@ -19,11 +19,11 @@ ANSWERS = {  # of the scenes that are drawn, by what was drawn
     "Describe": ["A large purple ring, the word JUMP in purple and a small blue circle."],
     "Count": ["2"],
     "Read": ["LAND"],
-    "Locate": ["the star"],
+    "Locate": ["the square"],
     "Describe with boxes": ["a large blue square, the word LAND in orange and a small yellow diamond."],
     "Two pictures": ["the first"],
     "What is not there": ["red ring"],
-    "Several questions": ["A large red square, the word ROSE in yellow and a small orange diamond.", "red"],
+    "Several questions": ["A large purple ring, the word JUMP in purple and a small blue circle.", "2", "JUMP"],
 }
 _SECONDS = 120  # for loading and compiling
 

@@ -192,6 +192,6 @@ def test_an_example_is_asked_with_its_picture(site, tab):
     expect(tab.page.locator(".sent img")).to_have_count(2)
     tab.page.click("#new")
     tab.page.get_by_text("Several questions").click()
-    expect(tab.answers).to_have_count(2)
+    expect(tab.answers).to_have_count(3)
     tab.wait()
     assert len(site.engine.requests[-1].prompt.image_sizes) == 1
