@@ -5,22 +5,44 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from playwright.sync_api import expect
 
+from vl2_jax.processing.grounding import Box
+from vl2_jax.scenes import SceneSizes
+from vl2_jax.scenes.drawing import sample_scene
+from vl2_jax.scenes.evaluation import matched
 from vl2_jax.serving.page.examples import EXAMPLES
 
 ANSWERS = {  # of the scenes that are drawn, by what was drawn
     "Describe": ["A large purple ring, the word JUMP in purple and a small blue circle."],
     "Count": ["2"],
     "Read": ["LAND"],
-    "Locate": ["the star"],
+    "Locate": ["the square"],
     "Describe with boxes": ["a large blue square, the word LAND in orange and a small yellow diamond."],
     "Two pictures": ["the first"],
     "What is not there": ["red ring"],
-    "Several questions": ["A large red square, the word ROSE in yellow and a small orange diamond.", "ROSE", "yellow"],
+    "Several questions": ["A large purple ring, the word JUMP in purple and a small blue circle.", "2", "JUMP"],
 }
 _SECONDS = 120  # for loading and compiling
+
+
+def things_of(number: int, answer: str) -> list[Box]:
+    """Where the things of a scene are that an answer speaks of, in hundredths of the picture."""
+    scene = sample_scene(np.random.default_rng((3_000_000, number)), 3, SceneSizes().longest_side, 1)
+    whole = (scene.width, scene.height) * 2
+    return [
+        Box("", *(round(100 * edge / side) for edge, side in zip(thing.box, whole)))
+        for thing in scene.things
+        if thing.kind in answer
+    ]
+
+
+def box_of(element) -> Box:
+    """The same of a box on the page."""
+    left, top, width, height = map(float, re.findall(r"[\d.]+(?=%)", element.get_attribute("style")))
+    return Box("", *map(round, (left, top, left + width, top + height)))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +69,11 @@ def test_every_example_is_answered_rightly(address, browser):
         texts = page.locator(".answer .text")
         expect(texts).to_have_text(ANSWERS[example.skill], timeout=60_000)
         expect(page.locator("#box .submit-button")).to_be_visible()
-        count = {"Locate": 1, "Describe with boxes": 3}.get(example.skill, 0)
-        expect(page.locator(".answer .box")).to_have_count(count)
+        boxes = page.locator(".answer .box")
+        expect(boxes).to_have_count({"Locate": 1, "Describe with boxes": 3}.get(example.skill, 0))
+        if boxes.count():
+            things = things_of(example.scenes[0], ANSWERS[example.skill][0])
+            assert matched(things, [box_of(one) for one in boxes.all()]) == 1.0
         page.click("#new")
         expect(texts).to_have_count(0)
     page.close()
