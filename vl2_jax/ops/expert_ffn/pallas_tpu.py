@@ -5,7 +5,8 @@
     one tile:  gather rows of x  ->  gate, up  ->  silu(gate) * up  ->  down  ->  sums[token] += weight * row
     beside:    the next expert's weights arrive, the next tile is gathered, the tile before is combined
 
-Everything between stays in vector memory: x as words of two bfloat16, the sums in float32, the weights of two experts.
+Everything between stays in vector memory: x as words of two bfloat16, the sums in float32, the weights of two experts,
+as they lie in HBM: narrow ones are widened where a product takes them (`stored`).
 A row of x is gathered by one load and one strided store (a DMA a row would cost a dozen scalar instructions), and a
 row of the output is added by a few vector operations (through HBM: 1000 us instead of none at 4096 tokens of Small).
 
