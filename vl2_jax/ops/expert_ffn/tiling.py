@@ -95,13 +95,15 @@ def _fewest_calls(
     for calls in range(1, rows // 16 + 1):
         chunk = round_up(-(-rows // calls), 16)
         share = chunk * share_of_rows
-        if share <= 64:
+        few = share <= 64
+        if few:
             heights: tuple[int, ...] = (64, 16) if wide else (64, 32, 16)
         else:
             tallest = min(512, share + 2.5 * math.sqrt(share)) if wide else min(384, share)
             tall = round_up(int(tallest), 32)
             heights = (tall, *(h for h in ((384, 256, 128) if wide else (256, 128, 64, 32)) if h < tall - 16))
-        floor, fixed = (16 if share <= 64 else 128, 110) if wide else (40, 8)
+        # Where there are tiles of 16 rows, they cost a little less than the next higher ones.
+        floor, fixed = (16 if few else 128, 110) if wide else (30 if few else 40, 8)
         tiling = Tiling(heights, chunk, min(64, chunk), chip.vmem - 2 * _MIB, floor, fixed, parts, wide)
         kept = scratch(tiling, width, expert_width)
         if tiling.vmem > 0 and kept.bytes + kept.spilled <= tiling.vmem:
