@@ -20,9 +20,9 @@ from vl2_jax.ops.narrow.product import widened
 
 def expert_ffn(
     x: Float[Array, "N D"],
-    gate: Float[Array, "E D F"] | Narrow,
-    up: Float[Array, "E D F"] | Narrow,
-    down: Float[Array, "E F D"] | Narrow,
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,
@@ -37,7 +37,7 @@ def expert_ffn(
 
     Args:
       x: rows to transform.
-      gate: gate projections, arrays or narrow.
+      gate: gate projections; all three may be narrow (`ops.narrow`).
       up: up projections.
       down: down projections.
       expert_ids: the experts of each row, all different within a row; `E` is an expert that is not here and gives

@@ -31,7 +31,7 @@ from vl2_jax.ops.expert_ffn.rows import (
     cleared_of_overlap,
     cut_experts,
     first_expert,
-    in_pairs,
+    in_groups,
     list_experts,
     order_by_expert,
     part_of,
@@ -306,11 +306,10 @@ def _kernel(
 
             projected[0:height, columns] = product_along(s.width, partial_product, ride)
 
-        def project_step(step, _):
+        def project_step(step):
             project(pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS), (2 * step, 2 * step + 1))
-            return 0
 
-        def gate_step(step, _):
+        def gate_step(step):
             columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
 
             def ride(part, parts, zero):
@@ -319,9 +318,8 @@ def _kernel(
                 gather_dout(place.end, place.following_end, step, part, parts, zero)
 
             gate_up[0:height, :] = product_with(x_tile.at[0:height], kernels, columns, ride)
-            return 0
 
-        def dx_step(step, _):
+        def dx_step(step):
             columns = pl.ds(pl.multiple_of(step * _COLUMNS, _COLUMNS), _COLUMNS)
 
             def partial_product(kernel, begin, k, size):
@@ -337,9 +335,8 @@ def _kernel(
                 for piece in pieces_of(s.part_width, PRODUCT_DEPTH)
             ]
             rows.put_out(product(partial_products, ride), outputs, step)
-            return 0
 
-        in_pairs(s.part_width // _COLUMNS, project_step)
+        in_groups(s.part_width // _COLUMNS, 2, project_step)
         if s.part_width % _COLUMNS:
             project(slice(s.part_width - LANES, s.part_width), (s.gate_steps - 1,))
 
@@ -350,14 +347,14 @@ def _kernel(
 
         await_rows(2, place.previous, place.previous_end)
         pl.when(are_new(place))(lambda: await_rows(1, place.row, place.end))
-        in_pairs(s.gate_steps, gate_step)
+        in_groups(s.gate_steps, 2, gate_step)
         activate(height, place.number, s.gate_steps - 1)
         lane_sums_before[0:height, :] = jnp.broadcast_to(
             jnp.sum(lane_sums[0:height, :], axis=1, keepdims=True), (height, LANES)
         )
         send_rows((2,), place)
         pl.when(are_new(place))(lambda: await_rows(0, place.row, place.end))
-        in_pairs(s.down_steps, dx_step)
+        in_groups(s.down_steps, 2, dx_step)
 
     # All tiles, expert by expert.
 

@@ -5,7 +5,8 @@
     one tile:  gather rows of x  ->  gate, up  ->  silu(gate) * up  ->  down  ->  sums[token] += weight * row
     beside:    the next expert's weights arrive, the next tile is gathered, the tile before is combined
 
-Everything between stays in vector memory: x as words of two bfloat16, the sums in float32, the weights of two experts.
+Everything between stays in vector memory: x as words of two bfloat16, the sums in float32, the weights of two experts,
+as they lie in HBM: narrow ones are widened where a product takes them (`stored`).
 A row of x is gathered by one load and one strided store (a DMA a row would cost a dozen scalar instructions), and a
 row of the output is added by a few vector operations (through HBM: 1000 us instead of none at 4096 tokens of Small).
 
@@ -36,9 +37,8 @@ from vl2_jax.ops.expert_ffn.rows import (
     cleared_of_overlap,
     cut_experts,
     first_expert,
-    in_pairs,
+    in_groups,
     list_experts,
-    one_by_one,
     order_by_expert,
     part_of,
     product_with,
@@ -50,7 +50,6 @@ from vl2_jax.ops.narrow.kinds import Narrow
 
 Kernel = Float[Array, "E D F"] | Narrow
 _DOWN_COLUMNS = 256  # of one step of the down product
-_PAIRED = 64  # rows of a tile that takes steps in pairs: of more rows, a step is long beside what fills the MXU
 
 
 def supports(x: Array, gate: Kernel, up: Kernel, down: Kernel, chip: Chip | None = None) -> bool:
@@ -112,6 +111,11 @@ def expert_ffn(
     return out[:tokens]
 
 
+def _steps_together(height: int) -> int:
+    """Steps in one body: the fewer rows, the shorter is a step beside what it takes to fill and to empty the MXU."""
+    return 4 if height <= 16 else 2 if height <= 64 else 1
+
+
 def _scratch_of(stored: Stored) -> ScratchOf:
     return functools.partial(Scratch, stored=stored)
 
@@ -132,10 +136,10 @@ def _kernel(pairs, counts, weights, x_hbm, *rest, scratch, first_token, tokens, 
     """All row tiles of all experts that were hit, for the tokens from `first_token` on."""
     s, heights, each = scratch, scratch.tiling.heights, scratch.stored.arrays
     gate_hbm, up_hbm, down_hbm = (rest[i * each : (i + 1) * each] for i in range(3))
-    out_hbm, *rest = rest[-15 - 3 * each :]
-    gate, up, down = (rest[i * each : (i + 1) * each] for i in range(3))
+    out_hbm, *buffers = rest[-15 - 3 * each :]
+    gate, up, down = (buffers[i * each : (i + 1) * each] for i in range(3))
     (x_words, sums, x_tile, stage, gate_up, hidden, outputs, arriving, leaving,
-     hit, offsets, weight_arrived, x_arrived, out_left) = rest[3 * each :]  # fmt: skip
+     hit, offsets, weight_arrived, x_arrived, out_left) = buffers[3 * each :]  # fmt: skip
 
     def gate_up_copies(number):
         slot, part = number % 2, part_of(hit[number], s)
@@ -196,14 +200,14 @@ def _kernel(pairs, counts, weights, x_hbm, *rest, scratch, first_token, tokens, 
     def tile(height, place):
         """One row tile: its products, and beside them the combining of the tile before, the gathering of the next."""
         slot = place.number % 2
-        all_steps = in_pairs if height <= _PAIRED else one_by_one
+        together = _steps_together(height)
         first_group = part_of(hit[place.number], s).first_column // GROUP
         of_gate, of_up, of_down = (
             Matrix(s.stored, [array.at[slot] for array in arrays], first, s.scale_rows)
             for arrays, first in ((gate, 0), (up, 0), (down, first_group))
         )
 
-        def gate_step(step, _):
+        def gate_step(step):
             columns = pl.ds(pl.multiple_of(step * LANES, LANES), LANES)
 
             def ride(part, parts, zero):
@@ -212,9 +216,8 @@ def _kernel(pairs, counts, weights, x_hbm, *rest, scratch, first_token, tokens, 
                 combine(place.previous, place.previous_end, step, part, parts, zero)
 
             gate_up[0:height, :] = product_with(x_tile.at[0:height], (of_gate, of_up), columns, ride)
-            return 0
 
-        def down_step(step, _):
+        def down_step(step):
             columns = pl.ds(pl.multiple_of(step * _DOWN_COLUMNS, LANES), _DOWN_COLUMNS)
 
             def ride(part, parts, zero):
@@ -222,19 +225,18 @@ def _kernel(pairs, counts, weights, x_hbm, *rest, scratch, first_token, tokens, 
 
             total = product_with(hidden.at[0:height], (of_down,), columns, ride)
             rows.put_out(total, outputs, step)
-            return 0
 
-        all_steps(s.gate_steps, gate_step)
+        in_groups(s.gate_steps, together, gate_step)
         activate(height, place.number, s.gate_steps - 1)
 
         def down_piece(piece, _):
-            @pl.when(place.is_first)
-            def _():
+            def await_piece():
                 for copy in down_copies(place.number, piece):
                     copy.wait()
 
+            pl.when(place.is_first)(await_piece)
             steps = s.down_steps // s.down_pieces
-            all_steps(steps, lambda step, carried: down_step(piece * steps + step, carried))
+            in_groups(steps, together, lambda step: down_step(piece * steps + step))
             return 0
 
         lax.fori_loop(0, s.down_pieces, down_piece, 0)

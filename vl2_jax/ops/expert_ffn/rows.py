@@ -332,21 +332,18 @@ def _tile_for(rows_left, tiling: Tiling):
     return kind, height
 
 
-def one_by_one(count: int, step: Callable):
-    """`step(i, 0)` for all i below `count`."""
-    lax.fori_loop(0, count, step, 0)
+def in_groups(count: int, of: int, step: Callable):
+    """`step(i)` for all i below `count`, some in one body: while the MXU empties after one, it fills for the next."""
 
+    def group(number, _):
+        for i in range(of):
+            step(of * number + i)
+        return 0
 
-def in_pairs(count: int, step: Callable):
-    """`step(i, 0)` for all i below `count`, two in one body: while the MXU empties after one, it fills for the next."""
-
-    def pair(i, _):
-        step(2 * i, 0)
-        return step(2 * i + 1, 0)
-
-    lax.fori_loop(0, count // 2, pair, 0)
-    if count % 2:
-        step(jnp.int32(count - 1), 0)
+    if count >= of:
+        lax.fori_loop(0, count // of, group, 0)
+    for i in range(count - count % of, count):
+        step(jnp.int32(i))
 
 
 def product_along(depth: int, partial_product: Callable, ride: Callable | None):

@@ -11,6 +11,7 @@ The two of `ops.narrow` are in `kinds`, which says how they lie. D and F widths 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,18 +102,17 @@ def partial_product(x: Any, matrices: Sequence[Matrix], columns: Any, begin: int
     """`x[:, begin : begin + size]` times columns of matrices side by side, float32; of int8 yet to be `scaled`."""
     by_group = matrices[0].stored.group and not matrices[0].scale_rows
     depth = GROUP if by_group else size
-    total = None
-    for at in range(begin, begin + size, depth):
+
+    def product(at: int) -> Array:
         # Side by side before they are widened: afterwards v5e would take halves of registers apart for it.
         rows = jnp.concatenate([matrix.numbers(at, depth, columns) for matrix in matrices], axis=1).astype(jnp.bfloat16)
         if matrices[0].scale_rows:
             scales = [_scales(matrices, row, columns) for row in range(at, at + depth, GROUP)]
             rows *= jnp.concatenate([jnp.broadcast_to(row, (GROUP, row.shape[1])) for row in scales]).astype(rows.dtype)
-        new = jnp.dot(x[:, at : at + depth], rows, preferred_element_type=jnp.float32)
-        if by_group:
-            new *= _scales(matrices, at, columns)
-        total = new if total is None else total + new
-    return total
+        total = jnp.dot(x[:, at : at + depth], rows, preferred_element_type=jnp.float32)
+        return total * _scales(matrices, at, columns) if by_group else total
+
+    return functools.reduce(jnp.add, map(product, range(begin, begin + size, depth)))
 
 
 def scaled(total: Float[Array, "M F"], matrices: Sequence[Matrix], columns: Any) -> Float[Array, "M F"]:
