@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "SKIP_JAX_PRECOMPILE": "1",  # a bucket of tokens compiles where it is needed
+    # Arrays of a CPU may be NumPy's own memory, which vLLM fills for the next step while this one still computes.
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
 }
 os.environ.update(ENVIRONMENT)
 sys.path.insert(0, str(ON_CPU))

@@ -51,7 +51,7 @@ def compiled(size, target, devices, rows, sequences, monkeypatch):
         params = jax.tree.map(lambda leaf: shaped(leaf.shape, leaf.dtype), abstract_params(config))
     else:
         params = unflatten(abstract_sharded_params(config, ours, jnp.bfloat16))
-    params = {"language": params["language"]}
+    params = {name: part for name, part in params.items() if name not in ("vision", "projector")}
     data = ShardingAxisName.ATTN_DATA
     if language.use_mla:
         width = -(-language.kv_lora_rank // 128) * 128 + -(-language.qk_rope_head_dim // 128) * 128

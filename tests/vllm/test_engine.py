@@ -33,7 +33,7 @@ def check(vl2, messages, output, tokens=TOKENS):
     (answer,) = output.outputs
     assert list(output.prompt_token_ids) == vl2.processor.encode(open_answer(messages)).input_ids.tolist()
     assert list(answer.token_ids) == alone.token_ids
-    assert answer.text == alone.text
+    assert answer.text == alone.text.rstrip("\ufffd")  # half a character at the end, which vLLM keeps back
     told = [of_token[id_].logprob for id_, of_token in zip(answer.token_ids, answer.logprobs)]
     np.testing.assert_allclose(told, alone.logprobs, atol=1e-4)
 
