@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 
-import httpx
 import matplotlib.pyplot as plt
 
 from vl2_jax.processing.grounding import Box, draw_boxes
@@ -35,6 +34,7 @@ from vl2_jax.scenes.drawing import render
 
 if importlib.util.find_spec("openai") is None:  # the client is no part of vl2-jax
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "openai"], check=True)
+import httpx  # comes with it
 from openai import OpenAI
 
 # %% [markdown]
