@@ -25,6 +25,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import matplotlib.pyplot as plt
 
@@ -34,7 +36,6 @@ from vl2_jax.scenes.drawing import render
 
 if importlib.util.find_spec("openai") is None:  # the client is no part of vl2-jax
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "openai"], check=True)
-import httpx  # comes with it
 from openai import OpenAI
 
 # %% [markdown]
@@ -51,7 +52,16 @@ while "http://" not in line:
     line = server.stderr.readline()
 address = "http://" + line.split("http://")[1].split("/")[0]
 threading.Thread(target=server.stderr.read, daemon=True).start()  # so that it never waits for a reader
-while httpx.get(f"{address}/ready").status_code != 200:
+
+
+def is_ready() -> bool:
+    try:
+        return urllib.request.urlopen(f"{address}/ready").status == 200
+    except urllib.error.HTTPError:  # 503, with the stage it is in
+        return False
+
+
+while not is_ready():
     assert server.poll() is None, "the server ended"
     time.sleep(0.5)
 print("ready")
