@@ -61,7 +61,7 @@ picture
 
 # %%
 asked = [
-    row for row in questions(1_000_000, 12, SceneSizes()) if row[0] in ("colour", "shape", "count", "read", "presence")
+    row for row in questions(1_000_000, 8, SceneSizes()) if row[0] in ("colour", "shape", "count", "read", "presence")
 ]
 right = {}
 for name, model in models.items():

@@ -25,8 +25,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
-import httpx
 import matplotlib.pyplot as plt
 
 from vl2_jax.processing.grounding import Box, draw_boxes
@@ -51,7 +52,16 @@ while "http://" not in line:
     line = server.stderr.readline()
 address = "http://" + line.split("http://")[1].split("/")[0]
 threading.Thread(target=server.stderr.read, daemon=True).start()  # so that it never waits for a reader
-while httpx.get(f"{address}/ready").status_code != 200:
+
+
+def is_ready() -> bool:
+    try:
+        return urllib.request.urlopen(f"{address}/ready").status == 200
+    except urllib.error.HTTPError:  # 503, with the stage it is in
+        return False
+
+
+while not is_ready():
     assert server.poll() is None, "the server ended"
     time.sleep(0.5)
 print("ready")
