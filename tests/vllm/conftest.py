@@ -51,6 +51,7 @@ def make_engine():
             "num_gpu_blocks_override": 256,
             "disable_chunked_mm_input": True,
             "enforce_eager": True,
+            "async_scheduling": False,  # see JAX_CPU_ENABLE_ASYNC_DISPATCH
             "limit_mm_per_prompt": {"image": 4},
             "tensor_parallel_size": devices,
             "additional_config": {"sharding": {"sharding_strategy": strategy}},

@@ -53,16 +53,6 @@ def test_everyone_gets_what_they_would_get_alone(make_engine, model):
     assert min(output.num_cached_tokens for output in outputs) >= 32  # all but the last page of each prompt
 
 
-@pytest.mark.parametrize("family", ["nano-tiny", "nano-small"])
-def test_four_devices_answer_as_one_does(make_engine, family):
-    """Sequences, caches and experts are spread over four; each sequence lives on one of them."""
-    directory = GOLDENS / family
-    vl2, engine = vl2_jax.load(directory, dtype="float32"), make_engine(directory, devices=4)
-    outputs = engine.generate([prompt_of(vl2, conversation(n)) for n in range(6)], greedy(), use_tqdm=False)
-    for number, output in enumerate(outputs):
-        check(vl2, conversation(number), output)
-
-
 @pytest.fixture(scope="module")
 def nano(make_engine):
     directory = find_model("vl2-nano")

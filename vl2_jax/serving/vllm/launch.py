@@ -98,6 +98,7 @@ def command(
         "--block-size", str(_PAGE),
         "--max-num-batched-tokens", str(1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length()),
         "--disable-chunked-mm-input",
+        "--no-async-scheduling",
         "--tensor-parallel-size", str(devices),
         "--additional-config", json.dumps(told),
         *flags,
