@@ -81,8 +81,8 @@ def test_attention_is_that_of_floats_to_the_rounded_rows(length):
         found = []
         for kind, change, options in ((whole, np.asarray, {}), (floats, rounded, implementation)):
             pages, table = empty(kind, kind is whole)
-            pages = write_rows(pages, tuple(map(change, earlier)), table, jnp.asarray([0, -1, -1]))
-            rows = [jnp.asarray(change(part), jnp.float32) for part in new]
+            rows, before = ([jnp.asarray(change(part), jnp.float32) for part in parts] for parts in (new, earlier))
+            pages = write_rows(pages, tuple(before), table, jnp.asarray([0, -1, -1]))
             if kind in (HeadPages, Int8HeadPages):
                 rows = [jnp.swapaxes(part, 1, 2) for part in rows]
             given = {"pages": pages, "table": table, "positions": positions, "scale": SCALE, **options}
