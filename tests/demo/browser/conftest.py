@@ -20,7 +20,7 @@ _CHROMIUM = [
     "--no-sandbox",  # the tests may run as root, and open nothing but the page
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=60_000)  # a busy machine too
 
 
 class Site:

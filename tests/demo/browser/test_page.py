@@ -191,6 +191,7 @@ def test_an_example_is_asked_with_its_picture(site, tab):
     tab.wait()
     expect(tab.page.locator(".sent img")).to_have_count(2)
     tab.page.click("#new")
+    expect(tab.page.locator(".sent img")).to_have_count(0)
     tab.page.get_by_text("Several questions").click()
     expect(tab.answers).to_have_count(3)
     tab.wait()
