@@ -32,6 +32,7 @@ TITLES: dict[str, dict[str, str]] = {  # of sections and pages; a page that is n
         "notebooks/quickstart.ipynb.md": "Notebook: quickstart",
     },
     "Use": {
+        "docs/demo.md": "Web page",
         "docs/serving.md": "Serve",
         "docs/fine-tuning.md": "Fine-tune",
         "docs/training.md": "Train",

@@ -100,7 +100,8 @@ def make_plan(
     """Compiles the program for the slice.
 
     Args:
-      weights, cache: see `programs.build`.
+      weights: see `programs.build`.
+      cache: see `programs.build`.
 
     Raises:
       MeshError: no such slice, no TPU compiler, or a mesh that does not fit; or see `programs.build`.
