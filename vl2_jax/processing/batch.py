@@ -260,12 +260,13 @@ class Processor:
 
     def _open_pieces(self, messages: Conversation) -> list[Piece]:
         """Pieces up to where the model goes on, inside of the last answer."""
+        pieces = self._pieces(messages)
         if messages[-1]["role"] != "assistant":
             raise ConversationError(
                 "the last message must be the assistant's, with empty content (or the beginning of the answer), "
                 f"got role {messages[-1]['role']!r}."
             )
-        return self._pieces(messages)[:-1]
+        return pieces[:-1]
 
     def _assemble(self, pieces: list[Piece], images: Sequence[Picture], text: str, mask_prompt: bool) -> Encoded:
         pictures = [load_image(i, max_pixels=self.max_pixels, as_released=self.as_released) for i in images]
