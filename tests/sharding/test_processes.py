@@ -102,7 +102,8 @@ def test_two_processes_train_stop_together_and_go_on(tmp_path):
     both = start_both([*command, str(tmp_path / "stopped")], [], [])
     log = tmp_path / "stopped" / "log.jsonl"
     while not (log.is_file() and len(log.read_text().splitlines()) >= 2):
-        assert all(process.poll() is None for process in both)
+        ended = [process.poll() for process in both]
+        assert ended == [None, None], [process.communicate()[1] for process in both if process.poll() is not None]
         time.sleep(0.05)
     for process in both:
         process.send_signal(signal.SIGTERM)
