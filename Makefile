@@ -46,9 +46,10 @@ harness:
 	.venv-harness/bin/python -m pytest -q -rP tests/harness
 
 # The TPU compiler comes as a wheel. It has an environment of its own: it writes to the terminal wherever jax starts.
+tpu: LONGEST := tests/tpu/test_plans.py
 tpu:
 	$(MAKE) .venv-tpu/.ready-tpu VENV=.venv-tpu
-	.venv-tpu/bin/python -m pytest -n $(WORKERS) -q tests/tpu
+	.venv-tpu/bin/python -m pytest -n $(WORKERS) --maxschedchunk 1 -q $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/tpu/test_*.py))
 	.venv-tpu/bin/python benchmarks/kernels.py --sizes small --tokens 8 512
 
 # vLLM pins 260 packages, 10 GB of them, and the newest JAX: an environment of its own, with Python 3.12. On a CPU.
