@@ -101,4 +101,4 @@ $(VENV)/.ready-%: pyproject.toml | $(BIN)/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) out dist
+	rm -rf $(VENV) .venv-* out dist

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "out" / "website"  # pages, configuration, site
 PAGES = [Path("README.md"), Path("CHANGELOG.md"), Path("CONTRIBUTING.md")]
 PAGES += [Path("docs") / page.name for page in sorted((ROOT / "docs").glob("*.md"))]
-TITLES: dict[str, dict[str, str]] = {  # of sections and pages; a page that is not there yet is left out
+TITLES: dict[str, dict[str, str]] = {  # of sections and pages
     "Start": {
         "README.md": "Overview",
         "docs/quickstart.md": "Quickstart",
@@ -200,9 +200,10 @@ def _list_of_modules() -> str:
 def _configuration(pages: Path) -> str:
     sections = []
     for title, entries in TITLES.items():
-        there = {name: page for page, name in entries.items() if (pages / page).is_file()}
-        sections.append(f"  {_section(title, there)},\n")
-    sections.insert(4, f"  {_section('Python', {title: f'reference/{module}.md' for module, title in API.items()})},\n")
+        sections.append(f"  {_section(title, {name: page for page, name in entries.items()})},\n")
+        if title == "Reference":
+            modules = {name: f"reference/{module}.md" for module, name in API.items()}
+            sections.append(f"  {_section('Python', modules)},\n")
     places = f'docs_dir = "pages"\nsite_dir = "site"\nnav = [\n{"".join(sections)}]\n'
     return (
         (ROOT / "docs" / "zensical.toml").read_text(encoding="utf-8").replace("[project]\n", f"[project]\n{places}", 1)

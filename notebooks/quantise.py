@@ -13,7 +13,7 @@
 # %% [markdown]
 # # Narrow weights: int8 and int4
 #
-# A model in half or a quarter of the memory, and what that does to its answers. The model is `vl2-nano`, which comes with the package: it knows drawn
+# A model in less memory (Small in half, or a third), and what that does to its answers. The model is `vl2-nano`, which comes with the package: it knows drawn
 # scenes of shapes and words, and nothing else. The same lines load a released model: `vl2_jax.load("deepseek-ai/deepseek-vl2-tiny", weights="int4")`.
 
 # %%

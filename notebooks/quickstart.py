@@ -16,7 +16,7 @@
 # Load a model, see what it sees, ask, and draw the boxes of its answer. Everything runs on a CPU in about a minute.
 #
 # The model here is `vl2-nano`, which comes with the project: it is small, and knows only drawn scenes of shapes and words. Give
-# `vl2_jax.load` a released model: `"deepseek-ai/deepseek-vl2-tiny"` (13 GB of memory in float32), or its directory.
+# `vl2_jax.load` a released model: `"deepseek-ai/deepseek-vl2-tiny"` (9 GB of memory on a CPU), or its directory.
 
 # %%
 import jax

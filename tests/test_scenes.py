@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from vl2_jax.errors import ConfigError
-from vl2_jax.evaluation.metrics import iou
-from vl2_jax.processing.grounding import Box, parse_boxes, write_boxes
+from vl2_jax.processing.grounding import Box, iou, parse_boxes, write_boxes
 from vl2_jax.scenes import SceneSizes, SceneSource, scene_conversation
 from vl2_jax.scenes.conversations import describe, refer, turns_about
 from vl2_jax.scenes.drawing import COLOURS, Scene, Thing, render, sample_scene

@@ -5,8 +5,9 @@ import pytest
 from vl2_jax.evaluation import metrics
 from vl2_jax.evaluation.answers import Scored
 from vl2_jax.evaluation.benchmarks import every_order, mean, mme, points
-from vl2_jax.evaluation.metrics import NO_OPTION, chosen, edits, iou, normalised, said
+from vl2_jax.evaluation.metrics import NO_OPTION, chosen, edits, normalised, said
 from vl2_jax.evaluation.samples import Sample
+from vl2_jax.processing.grounding import iou
 
 
 def sample(*answers, **fields):

@@ -14,8 +14,9 @@ from lmms_eval.tasks.refcoco.utils_rec import compute_iou
 from lmms_eval.tasks.textvqa.utils import textvqa_process_results
 
 from vl2_jax.evaluation import metrics
-from vl2_jax.evaluation.metrics import iou, normalised
+from vl2_jax.evaluation.metrics import normalised
 from vl2_jax.evaluation.samples import Sample
+from vl2_jax.processing.grounding import iou
 
 TEXT = st.text(string.ascii_letters + string.digits + " .,;:'\"!?-/()[]%\n\t", max_size=24)
 WORDS = st.lists(

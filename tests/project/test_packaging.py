@@ -87,7 +87,8 @@ def _texts(*folders: str) -> list[str]:
 
 
 def _is_made(part: str) -> bool:
-    return part in ("out", "dist", "build", "runs") or (part.startswith(".") and part not in (".ci", ".github"))
+    is_hidden = part.startswith(".") and part not in (".ci", ".github")
+    return is_hidden or part in ("out", "dist", "build", "runs", "evaluations")
 
 
 def _run(command: list, folder: Path) -> str:

@@ -19,8 +19,9 @@ def test_imports_run_one_way():
     rules = {
         "vl2_jax/processing": r"^(import|from) (jax|flax)\b",
         "vl2_jax/ops": r"^from vl2_jax\.(?!ops)",
-        "vl2_jax/training": r"^from vl2_jax\.(serving|planning|cli)",
-        "vl2_jax/model": r"^from vl2_jax\.(inference|training|serving|planning|api|cli)",
+        "vl2_jax/training": r"^from vl2_jax\.(serving|planning|evaluation|cli)",
+        "vl2_jax/scenes": r"^from vl2_jax\.(serving|planning|evaluation|cli)",
+        "vl2_jax/model": r"^from vl2_jax\.(inference|training|serving|planning|evaluation|api|cli)",
     }
     for folder, pattern in rules.items():
         for path in (ROOT / folder).rglob("*.py"):

@@ -12,7 +12,8 @@ _PACKAGES = (  # what is looked for: its extra, and what it is for
     ("libtpu", "tpu", "on a TPU machine, or to plan for one"), ("grain", "train", "to train"),
     ("tensorboardX", "train", "to see training in TensorBoard"), ("pyarrow", "train", "to read parquet and arrow"),
     ("matplotlib", "plan", "to draw a plan"), ("pillow-heif", "heif", "to read HEIC pictures"),
-    ("fastapi", "serve", "to serve a model over HTTP"), ("gcsfs", "gcs", "to read from a bucket"),
+    ("fastapi", "serve", "to serve a model over HTTP"), ("gradio", "demo", "to open the web page"),
+    ("gcsfs", "gcs", "to read from a bucket"),
 )  # fmt: skip
 
 

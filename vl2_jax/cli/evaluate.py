@@ -112,6 +112,8 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
         "adapters": None if model.adapters is None else _fingerprint_of(model.adapters),
         "dtype": model.dtype,
         "weights": model.weights,
+        "cache": model.cache,
+        "merge": model.options(devices).get("merge"),
         "data": samples.fingerprints(),
         "benchmark": name,
         "max_tokens": of.max_tokens or MAX_TOKENS,
@@ -184,12 +186,12 @@ def _refuse(flags: dict[str, tuple[Any, Any]], belongs_to: str) -> None:
 
 
 def _fingerprint_of(directory: Path) -> dict[str, str]:
-    """What changes when weights or tokenizer of a model do, by file; of a model on a bucket nothing is read for it."""
+    """What changes when weights or tokenizer of a model do, by file; a model on a bucket is its address."""
     from vl2_jax.files import is_remote
     from vl2_jax.training.sources import fingerprint
 
     if is_remote(directory):
-        return {}
+        return {"": str(directory)}
     return {file.name: fingerprint(file) for kind in _OF_A_MODEL for file in sorted(directory.glob(kind))}
 
 

@@ -30,7 +30,7 @@ class Scored:
     Attributes:
       row, number: its key; `of` so many questions of the row.
       expected: what would have been right, as the page shows it.
-      score: 0 to 1; `None` where nobody here knows what is right.
+      score: 0 to 1; means nothing where the right answer is a server's.
       error: why there is no answer, "" if there is.
     """
 

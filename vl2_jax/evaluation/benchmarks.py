@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vl2_jax.errors import ConfigError, shown
 from vl2_jax.evaluation import metrics, prompts
@@ -126,7 +126,7 @@ _TEXT, _ANLS, _OPTION = (
 
 def _like(benchmark: Benchmark, what: str, *paper: float) -> Benchmark:
     tiny, small, base = paper
-    return Benchmark(**{**vars(benchmark), "paper": {what: (tiny, small, base)}})
+    return replace(benchmark, paper={what: (tiny, small, base)})
 
 
 BENCHMARKS = {
@@ -175,7 +175,7 @@ def benchmark_of(name: str) -> tuple[str, Benchmark]:
     """The benchmark that a name means, and what it is called here.
 
     Raises:
-      ConfigError: none.
+      ConfigError: it means none that is known.
     """
     known = {key.lower(): key for key in BENCHMARKS}
     given = name.lower()

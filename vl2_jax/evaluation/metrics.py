@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from vl2_jax.evaluation.samples import LETTERS, Sample
-from vl2_jax.processing.grounding import LARGEST, parse_boxes
+from vl2_jax.processing.grounding import BOX_IS_RIGHT, LARGEST, iou, parse_boxes
 
 _CONTRACTIONS = """
 'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
@@ -37,7 +37,6 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _MOST_PERIODS = 32  # that the original takes away: it passes a flag where the number stands
 _NEAREST_TEXT = 0.5  # ANLS: what is less alike is wrong
 _NUMBER_IS_RIGHT = 0.05  # ChartQA: of the right number
-BOX_IS_RIGHT = 0.5  # RefCOCO: shared area over the area of both
 _BETWEEN_OPTIONS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -191,12 +190,3 @@ def found_box(sample: Sample, text: str) -> float:
         return 0.0
     corners = [value / LARGEST * whole for value, whole in zip(boxes[0].raw, sample.size * 2)]
     return float(iou(corners, sample.box) >= BOX_IS_RIGHT)
-
-
-def iou(a: Sequence[float], b: Sequence[float]) -> float:
-    """Shared area / area of both together, of corners (x1, y1, x2, y2)."""
-    across = min(a[2], b[2]) - max(a[0], b[0])
-    down = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(0.0, across) * max(0.0, down)
-    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
-    return shared / both if both > 0 else 0.0

@@ -25,6 +25,7 @@ COLOURS = (
     (255, 255, 127), (255, 127, 255), (127, 255, 255), (127, 127, 255), (127, 255, 127), (255, 127, 127),
 )  # fmt: skip
 LARGEST = 999  # coordinate: the right or the lower edge of the picture
+BOX_IS_RIGHT = 0.5  # and more of `iou` (RefCOCO)
 _LINE_WIDTH = 3
 
 
@@ -86,6 +87,15 @@ def write_boxes(boxes: Sequence[Sequence[float]], width: float, height: float) -
         for box in boxes
     ]
     return f"<|det|>{rows}<|/det|>"
+
+
+def iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Shared area / area of both together, of corners (x1, y1, x2, y2)."""
+    across = min(a[2], b[2]) - max(a[0], b[0])
+    down = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, across) * max(0.0, down)
+    both = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / both if both > 0 else 0.0
 
 
 def draw_boxes(image: Picture, boxes: Sequence[Box]) -> Image.Image:

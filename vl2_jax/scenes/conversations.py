@@ -15,7 +15,7 @@ import numpy as np
 
 from vl2_jax.errors import ConfigError
 from vl2_jax.processing.conversation import IMAGE_TAG
-from vl2_jax.processing.grounding import write_boxes
+from vl2_jax.processing.grounding import LARGEST, write_boxes
 from vl2_jax.scenes.drawing import COLOURS, SHAPES, SHORTEST_SIDE, Scene, Thing, render, sample_scene
 
 SKILLS = (
@@ -25,7 +25,7 @@ SKILLS = (
 _ATTEMPTS = 100
 _CLEARLY = 0.1  # of a side: things that are closer are not asked which is left or above
 _ACROSS, _DOWN = ("left of", "right of"), ("above", "below")
-_UNITS, _WHOLE = 10, (999, 999)  # of a hundredth, and of the picture, in the model's coordinates
+_UNITS = 10  # of the model's coordinates, a hundredth
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def boxes(scene: Scene, things: Sequence[Thing]) -> str:
     sizes = (scene.width, scene.height) * 2
     ordered = sorted(things, key=lambda thing: thing.centre)
     hundredths = [[round(100 * edge / whole) for edge, whole in zip(thing.box, sizes)] for thing in ordered]
-    return write_boxes([[_UNITS * edge for edge in box] for box in hundredths], *_WHOLE)
+    return write_boxes([[_UNITS * edge for edge in box] for box in hundredths], LARGEST, LARGEST)
 
 
 def plural(kind: str) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vl2_jax.api import VL2
-from vl2_jax.evaluation.metrics import BOX_IS_RIGHT, iou
 from vl2_jax.inference.answers import Answer
 from vl2_jax.processing.conversation import IMAGE_TAG
-from vl2_jax.processing.grounding import Box, parse_boxes
+from vl2_jax.processing.grounding import BOX_IS_RIGHT, Box, iou, parse_boxes
 from vl2_jax.progress import Report, silent
 from vl2_jax.scenes.conversations import SceneSizes, scene_conversation
 

@@ -22,12 +22,11 @@ from typing import Any
 import numpy as np
 
 from vl2_jax.errors import ConversationError, shown
-from vl2_jax.processing.grounding import parse_boxes, write_boxes
+from vl2_jax.processing.grounding import LARGEST, parse_boxes, write_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.messages import checked_text, is_empty
 
 _BESIDE = 0.02  # of a side: boxes of many data sets go a little over the edge
-_LARGEST = 999
 _BETWEEN = r"[\s,;]*"  # lists that belong together
 _PLACEHOLDER = re.compile(rf"<ref-object>|<bbox>(?:{_BETWEEN}<bbox>)*")
 _REF, _END_REF, _DET, _END_DET = "<|ref|>", "<|/ref|>", "<|det|>", "<|/det|>"
@@ -120,7 +119,7 @@ def with_boxes_that_can_be_read(answer: str, question: str) -> str:
         else:
             text += f"{label}{_DET}{value}{_END_DET}"
             boxes += len(value)
-    found = len(parse_boxes(text, _LARGEST, _LARGEST))
+    found = len(parse_boxes(text, LARGEST, LARGEST))
     if found != boxes:
         raise ConversationError(
             f"of {boxes} boxes in the answer {shown(text)}, {found} can be read; give each list its label "
@@ -203,9 +202,9 @@ def _rows(text: str) -> list[list[int]]:
     rows = [[float(number) for number in row.split(",")] for row in _BOX.findall(inside)]
     numbers = [number for row in rows for number in row]
     if max(numbers) <= 1 and not all(number in (0, 1) for number in numbers):
-        raise ConversationError(f"the boxes {shown(text)} are shares of 1; the model's numbers are 0 to {_LARGEST}.")
-    if not all(0 <= x1 <= x2 <= _LARGEST and 0 <= y1 <= y2 <= _LARGEST for x1, y1, x2, y2 in rows):
+        raise ConversationError(f"the boxes {shown(text)} are shares of 1; the model's numbers are 0 to {LARGEST}.")
+    if not all(0 <= x1 <= x2 <= LARGEST and 0 <= y1 <= y2 <= LARGEST for x1, y1, x2, y2 in rows):
         raise ConversationError(
-            f"{shown(text)} is not made of boxes [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, from 0 to {_LARGEST}."
+            f"{shown(text)} is not made of boxes [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, from 0 to {LARGEST}."
         )
     return [[round(number) for number in row] for row in rows]

@@ -58,7 +58,7 @@ async def answer(service: Service, gallery: Gallery, talk: Talk, wishes: Mapping
     except (VL2Error, Problem) as error:
         if not turn.is_stopped:
             turn.problem = problem_of(error).message
-    except Exception:
+    except Exception:  # of the engine, or a defect: it is this question's, and the page goes on
         log.exception("an answer of the page failed")
         turn.problem = "this question failed in the engine; the terminal of `vl2 demo` says why. Ask again."
     finally:
