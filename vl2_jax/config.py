@@ -209,6 +209,12 @@ class ProcessorConfig(ReleasedFields):
         return self.candidate_resolutions[0][0]
 
     @property
+    def rasters(self) -> tuple[tuple[int, int], ...]:
+        """Tiles (across, down) of each candidate resolution."""
+        size = self.tile_size
+        return tuple((width // size, height // size) for width, height in self.candidate_resolutions)
+
+    @property
     def token_grid(self) -> int:
         """Visual tokens along one side of a tile, `ceil(patches / downsample_ratio)`: 14 in released models."""
         return -(-(self.tile_size // self.patch_size) // self.downsample_ratio)
