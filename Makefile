@@ -67,7 +67,7 @@ setup: $(VENV)/.ready-dev
 
 # A site that is read in a browser without a server or a network: out/website/site/index.html
 docs: $(VENV)/.ready-docs
-	$(BIN)/python docs/website.py
+	$(BIN)/python -m docs.website
 
 # For machines that have no checkout: pip install "$(ls dist/vl2_jax-*.whl)[tpu,train]"
 wheel: $(BIN)/python

@@ -26,13 +26,12 @@ from jaxtyping import Array, Float
 from convert.adapters import can_be_adapted
 from convert.checkpoint import PARAMS_FOLDER
 from convert.weight_map import SAME, Leaf
+from vl2_jax.config import WEIGHT_KINDS
 from vl2_jax.errors import CheckpointError, shown
 from vl2_jax.files import is_file_on
-from vl2_jax.ops.narrow.kinds import Int4, Int8, Narrow
+from vl2_jax.ops.narrow.kinds import GROUP, Int4, Int8, Narrow, to_int8
 
-KINDS: Mapping[str, type[Narrow]] = {"int8": Int8, "int4": Int4}
-_GROUP = 128  # rows of an int4 matrix with the same scales, or what divides both these and its rows
-_FEWEST = 8  # rows of a group; a matrix that has no such groups is int8
+_FEWEST = 8  # rows of a group: what divides `GROUP` and the rows of the matrix; where these are fewer, it is int8
 _TRIALS = 8  # of scales of a group
 
 
@@ -42,15 +41,15 @@ def checked_kind(name: str) -> str:
     Raises:
       CheckpointError: it is none.
     """
-    if name not in KINDS:
-        raise CheckpointError(f"weights of kind {shown(name)} are not known; choose one of {', '.join(KINDS)}.")
+    if name not in WEIGHT_KINDS:
+        raise CheckpointError(f"weights of kind {shown(name)} are not known; choose one of {', '.join(WEIGHT_KINDS)}.")
     return name
 
 
 def kind_of(directory: Path, leaves: list[Leaf]) -> str | None:
     """The kind of weights that a converted checkpoint holds; `None` is of floats."""
     for leaf in islice((leaf for leaf in leaves if is_quantised(leaf.path) and _may_be_int4(leaf)), 1):
-        for kind in KINDS:
+        for kind in WEIGHT_KINDS:
             folder = directory / PARAMS_FOLDER / "state" / parts_of(leaf, kind)[0].path.replace("/", ".")
             if is_file_on(folder / ".zarray"):
                 return kind
@@ -84,7 +83,7 @@ def parts_of(leaf: Leaf, kind: str | None) -> list[Leaf]:
 
 
 def _may_be_int4(leaf: Leaf) -> bool:
-    return kind_at(leaf.path, "int4") == "int4" and math.gcd(_GROUP, leaf.shape[-2]) >= _FEWEST
+    return kind_at(leaf.path, "int4") == "int4" and math.gcd(GROUP, leaf.shape[-2]) >= _FEWEST
 
 
 @cache
@@ -137,21 +136,12 @@ def quantised(array: Float[Array, "... D F"], kind: str) -> Narrow:
     if array.ndim == 3:
         return jax.lax.map(partial(quantised, kind=kind), array)  # an expert at a time, for the memory
     depth, width = array.shape
-    group = math.gcd(_GROUP, depth)
+    group = math.gcd(GROUP, depth)
     if kind == "int8" or group < _FEWEST:
-        scales, values = _rounded(array)
-        return Int8(values.astype(jnp.int8), scales)
+        return Int8(*to_int8(array, -2))
     scales, values = _fitted(array.reshape(depth // group, group, width))
     pairs = values.reshape(depth // 2, 2, width).astype(jnp.int32) + 8
     return Int4((pairs[:, 0] | pairs[:, 1] << 4).astype(jnp.uint8), scales)
-
-
-def _rounded(array: Float[Array, "D F"]) -> tuple[Float[Array, "1 F"], Float[Array, "D F"]]:
-    """Scales of columns, and the nearest whole numbers from -127 to 127."""
-    array = array.astype(jnp.float32)
-    largest = jnp.abs(array).max(axis=0, keepdims=True)
-    scales = jnp.where(largest > 0, largest, 1) / 127
-    return scales, jnp.clip(jnp.rint(array / scales), -127, 127)
 
 
 def _fitted(array: Float[Array, "G D F"]) -> tuple[Float[Array, "G 1 F"], Float[Array, "G D F"]]:

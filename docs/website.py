@@ -18,13 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from docs import links
 from vl2_jax.cli import main
 from vl2_jax.cli.parsing import COMMANDS
 
-ROOT = Path(__file__).parents[1]
+ROOT = links.ROOT
 OUT = ROOT / "out" / "website"  # pages, configuration, site
-PAGES = [Path("README.md"), Path("CHANGELOG.md"), Path("CONTRIBUTING.md")]
-PAGES += [Path("docs") / page.name for page in sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page.relative_to(ROOT) for page in links.PAGES]
 TITLES: dict[str, dict[str, str]] = {  # of sections and pages
     "Start": {
         "README.md": "Overview",

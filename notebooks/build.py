@@ -26,7 +26,7 @@ NEEDS = {  # what a notebook imports beside the package, and the extras that hav
     "quickstart": ("notebooks", ("matplotlib",)),
     "quantise": ("notebooks", ("matplotlib",)),
     "sharding": ("notebooks", ("matplotlib",)),
-    "convert": ("notebooks", ()),
+    "convert": ("", ()),
     "evaluate": ("notebooks", ("matplotlib",)),
     "finetune": ("notebooks,train", ("matplotlib", "grain")),
     "serve": ("notebooks,serve", ("matplotlib", "fastapi")),

@@ -144,6 +144,15 @@ def test_chunks_of_many_prompts_are_shorter():
     assert chunking("cpu", most=7).cut(20) == [7, 7, 7]
 
 
+@pytest.mark.parametrize("most", [5, 48, 64, 257, 513, 1000, 1031, 4096])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_chunks_begin_at_multiples_of_the_shortest(platform, most):
+    """So that the shortest one has room wherever a chunk may begin."""
+    lengths = chunking(platform, most).lengths()
+    assert lengths[0] <= most < 2 * lengths[0]
+    assert [length % lengths[-1] for length in lengths] == [0] * len(lengths)
+
+
 def test_every_chunking_holds_all_positions():
     for platform in ("cpu", "tpu"):
         for positions in range(1, 4097, 37):

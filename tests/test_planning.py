@@ -13,6 +13,7 @@ from vl2_jax.planning.collectives import axes_of, find_collectives
 from vl2_jax.planning.programs import build
 from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
+from vl2_jax.training.recipe import read_recipe
 
 
 @dataclass
@@ -113,6 +114,15 @@ def test_narrow_weights_and_caches_are_counted_as_they_lie():
     assert least["cache"] == rows * (512 + 64 + 2 * 2)  # and two of each row
     assert floats["vision and projector"] == least["vision and projector"]
     assert sum(least.values()) < 0.65 * 15.75 * 2**30  # one v5e chip
+
+
+def test_weights_beside_adapters_are_those_of_the_flag_or_of_the_recipe():
+    recipe = read_recipe("lora-small")
+    told = read_recipe("lora-small", ["model.weights=int4"])
+    assert held("train", recipe=recipe, weights="int4") == held("train", recipe=told)
+    assert held("train", recipe=told)["routed experts"] == held(weights="int4")["routed experts"]
+    with pytest.raises(VL2Error, match=r"model\.weights is 'int4', which gradients cannot change"):
+        held("train", recipe=read_recipe("sft-small"), weights="int4")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from convert.checkpoint import dtype_of
 from convert.peft import read_adapters
 from convert.weight_map import plan
 from vl2_jax.compilation import keep_compiled_programs
-from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_config
+from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, WeightKind, read_config
 from vl2_jax.errors import CheckpointError, ConversationError
 from vl2_jax.files import is_file_on, is_remote, path_of, why_not_whole
 from vl2_jax.inference.answers import Answer
@@ -38,7 +38,7 @@ from vl2_jax.progress import Report, silent
 from vl2_jax.sharding.layout import Dispatch, MeshLayout
 from vl2_jax.sharding.mesh import make_mesh
 from vl2_jax.sharding.processes import chosen_by_one
-from vl2_jax.weights import Weights, read_weights
+from vl2_jax.weights import read_weights
 
 SHIPPED = "vl2-nano"  # the small model in vl2_jax/nano, trained by this project on pictures that it draws
 
@@ -47,7 +47,7 @@ def load(
     model: str | Path,
     *,
     dtype: str | None = None,
-    weights: Weights | None = None,
+    weights: WeightKind | None = None,
     cache: CacheKind | None = None,
     verify: bool = True,
     chunk_size: int | None = None,

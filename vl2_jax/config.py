@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from vl2_jax import spellings
 from vl2_jax.errors import ConfigError, shown
@@ -22,6 +22,8 @@ from vl2_jax.files import is_file_on, path_of, why_not_whole
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "processor_config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"  # what newer tools write in its place
+WeightKind = Literal["int8", "int4"]  # of quantised matrices, see `convert.quantise`
+WEIGHT_KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,12 @@ class ProcessorConfig(ReleasedFields):
     @property
     def tile_size(self) -> int:
         return self.candidate_resolutions[0][0]
+
+    @property
+    def rasters(self) -> tuple[tuple[int, int], ...]:
+        """Tiles (across, down) of each candidate resolution."""
+        size = self.tile_size
+        return tuple((width // size, height // size) for width, height in self.candidate_resolutions)
 
     @property
     def token_grid(self) -> int:

@@ -1,6 +1,6 @@
 """Weights from a directory to what computes with them: the kind they are kept in, adapters, and the dtype of products.
 
-arrays           floats of one dtype, which TPUs take; training does, beside quantised matrices too
+floats           of one dtype, as TPUs take them, and training (`arrays=True`), beside quantised matrices too
 int8, int4       the decoder's matrices in so many bits (`convert.quantise`), everything else as without
 on a CPU         no bfloat16 array is left: matrices and embeddings are whole numbers (`ops.narrow`), the few others
                  float32, and so are products
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from convert.quantise import (
     quantised,
 )
 from convert.weight_map import Leaf, flatten, plan, unflatten
-from vl2_jax.config import VL2Config
+from vl2_jax.config import VL2Config, WeightKind
 from vl2_jax.errors import CheckpointError
 from vl2_jax.model.vl2 import Params
 from vl2_jax.ops.narrow.kinds import Bits, Narrow
@@ -44,7 +44,6 @@ from vl2_jax.sharding.layout import MeshLayout
 from vl2_jax.sharding.loading import load_sharded
 from vl2_jax.sharding.rules import abstract_sharded_params
 
-Weights = Literal["int8", "int4"]
 _EMBEDDINGS = "language/embed_tokens"
 
 
@@ -81,7 +80,7 @@ def read_weights(
     config: VL2Config,
     leaves: list[Leaf],
     dtype: np.dtype,
-    weights: Weights | None,
+    weights: WeightKind | None,
     layout: Any,
     adapters: lora.Adapters | None,
     merge: bool | None,

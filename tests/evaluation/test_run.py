@@ -182,6 +182,15 @@ def test_shares_of_the_command_are_put_together_by_the_last(command, data, tmp_p
     main(["eval", "--model", SHIPPED, "--out", str(tmp_path / "out"), *map(str, flags)])
 
 
+@pytest.mark.parametrize("flags", [["--cache", "int8"], ["--merge"], ["--no-merge"]], ids=lambda flags: flags[0])
+def test_a_folder_that_was_answered_in_another_way_is_refused(command, data, tmp_path, capsys, flags):
+    asked = ["--data", data, "--benchmark", "exact", "--limit", 1]
+    command(right, *asked)
+    with pytest.raises(SystemExit):
+        command(right, *asked, *flags)
+    assert f"answers of another {flags[0][2:].removeprefix('no-')} (None, now" in capsys.readouterr().err
+
+
 def test_grounding_is_drawn_with_both_boxes(command, tmp_path):
     rows = boxes(3)
     data = write_refcoco(tmp_path, rows)

@@ -153,7 +153,7 @@ def test_the_kernel_equals_the_reference_for_any_routing(seed, tokens, widths, r
 def test_tall_tiles_equal_the_reference(name, tokens):
     """The table's own tiling of many rows an expert: tall tiles first, low ones for what is left."""
     arguments = rounded(problem(7, tokens, 2, 1, 256, 128))
-    tiling = choose_tiling(CHIPS[name], tokens, 256, 128, 2, 1)
+    tiling = choose_tiling(CHIPS[name], tokens, 256, 128, 2, 1, Scratch)
     assert tiling.heights[0] >= 96
     close_to_the_reference(interpreted(pallas_tpu.expert_ffn, *arguments, tiling=tiling), arguments)
 

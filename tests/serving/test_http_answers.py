@@ -239,6 +239,13 @@ def test_defaults_of_the_operator_hold_where_a_request_says_nothing(make_server)
     assert (said.temperature, said.top_k, said.max_tokens) == (0.7, 40, 4)
 
 
+def test_a_least_length_by_default_needs_no_longest(make_server):
+    with make_server(defaults=Defaults.read('{"min_tokens": 5}')) as running, running.client() as asks:
+        assert ask(asks).status_code == 200
+        assert running.engine.requests[-1].options.min_tokens == 5
+        assert "min_tokens is 5" in ask(asks, max_tokens=4).json()["error"]["message"]
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"top_q": 1}', '{"temperature": -1}', '{"temperature": NaN}', "3"])
 def test_defaults_that_no_request_may_have_are_refused(text):
     with pytest.raises(VL2Error):

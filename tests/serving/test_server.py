@@ -173,6 +173,7 @@ def test_a_port_that_is_taken_is_told(capsys):
         ("vl2-nano --max-num-seqs 0", "--max-num-seqs is 0"),
         ("vl2-nano --max-num-queued-reqs -1", "--max-num-queued-reqs is -1"),
         ("vl2-nano --max-body-bytes 1", "--max-body-bytes is 1"),
+        ("vl2-nano --drain-seconds inf", "--drain-seconds is inf"),
         ("vl2-nano --limit-mm-per-prompt 3", "--limit-mm-per-prompt is '3'"),
         ("vl2-nano --override-generation-config {{", "--override-generation-config is '{{'"),
         ("vl2-nano --allowed-media-domains https://x.org", "--allowed-media-domains is 'https://x.org'"),
@@ -231,6 +232,14 @@ def test_the_environments_key_is_asked_for_and_a_server_of_this_machine_answers_
 )
 def test_whether_others_can_reach_a_host(host, local):
     assert is_loopback(host) is local
+
+
+def test_a_server_that_everybody_may_ask_is_told_of(monkeypatch, capsys):
+    monkeypatch.setattr("vl2_jax.serving.http.server.run", lambda *_: None)
+    monkeypatch.delenv("VL2_API_KEY", raising=False)
+    for flags, is_told in (("--host 0.0.0.0", True), ("--host 0.0.0.0 --api-key a", False), ("", False)):
+        main(["serve", "vl2-nano", "--port", "0", *flags.split()])
+        assert ("may ask; --api-key limits that" in capsys.readouterr().err) == is_told
 
 
 def test_more_than_memory_holds_is_told_before_anything_is_loaded(monkeypatch, capsys):

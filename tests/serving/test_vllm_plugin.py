@@ -1,5 +1,6 @@
 """The vLLM plug-in behind its interface, with fakes of vLLM; `make vllm` runs it in the real engine."""
 
+import asyncio
 import re
 import sys
 from pathlib import Path
@@ -28,15 +29,15 @@ def theirs(monkeypatch):
         del sys.modules[name]  # they know the fakes
 
 
-def config_of(model, mode="vl2", page=PAGE, whole=True, **plugin):
+def config_of(model, mode="vl2", page=PAGE, whole=True, ahead=False, by_data=True, **plugin):
     return SimpleNamespace(
-        additional_config={"vl2": plugin} if plugin else {},
+        additional_config={"vl2": plugin, "sharding": {"sharding_strategy": {"enable_dp_attention": by_data}}},
         model_config=SimpleNamespace(
             model=str(model), dtype=np.dtype("float32"), tokenizer_mode=mode, allowed_media_domains=None,
             multimodal_config=SimpleNamespace(get_limit_per_prompt=lambda modality: 3),
         ),
         cache_config=SimpleNamespace(block_size=page),
-        scheduler_config=SimpleNamespace(disable_chunked_mm_input=whole),
+        scheduler_config=SimpleNamespace(disable_chunked_mm_input=whole, async_scheduling=ahead),
     )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def test_steps_of_the_model_give_the_logits_of_the_whole_prompt(theirs, first_la
     vl2 = vl2_jax.load(directory, dtype="float32")
     prompt = vl2.processor.encode(question(1))
     expected = vl2.logits(vl2.processor.collate([prompt]))[0]
-    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), ("data", "attn_dp", "attn_dp_expert"))
     model = DeepseekVL2(config_of(directory), None, mesh)
     model.load_weights(None)
     (picture,) = model.embed_multimodal(prompt.tiles, prompt.crops)
@@ -113,6 +114,8 @@ def test_steps_of_the_model_give_the_logits_of_the_whole_prompt(theirs, first_la
         ({"mode": "auto"}, "--tokenizer-mode vl2"),
         ({"page": 16}, "multiple of 32"),
         ({"whole": False}, "--disable-chunked-mm-input"),
+        ({"ahead": True}, "--no-async-scheduling"),
+        ({"by_data": False}, "enable_dp_attention"),
         ({"quantised": "int8"}, "known are model, weights"),
     ],
 )
@@ -121,6 +124,22 @@ def test_what_would_damage_answers_is_refused(theirs, changed, told):
 
     with pytest.raises(RequestError, match=told):
         DeepseekVL2(config_of("vl2-nano", **changed), None, None)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 1, "model": 1},  # of vLLM without NEW_MODEL_DESIGN
+        {"data": 1, "attn_dp": 1, "attn_dp_expert": 1, "model": 2},  # with another attn_dp_size
+    ],
+)
+def test_a_mesh_that_spreads_heads_is_refused(theirs, axes):
+    from vl2_jax.serving.vllm.model import DeepseekVL2
+
+    devices = np.resize(np.asarray(jax.devices()[:1]), tuple(axes.values()))
+    mesh = SimpleNamespace(shape=axes, size=devices.size, devices=devices)
+    with pytest.raises(RequestError, match=r"set NEW_MODEL_DESIGN=1, and attn_dp_size"):
+        DeepseekVL2(config_of("vl2-nano"), None, mesh).load_weights(None)
 
 
 def test_registering_twice_is_registering_once(theirs):
@@ -177,6 +196,36 @@ def test_pictures_are_taken_as_by_our_own_server(theirs, content, told):
     renderer = VL2Renderer(config_of(find_model("vl2-nano")), None)
     with pytest.raises(VL2Error, match=told):
         renderer.render_messages([{"role": "user", "content": content}], SimpleNamespace(chat_template_kwargs=None))
+
+
+def test_pictures_at_addresses_are_fetched_at_once_in_any_event_loop(theirs, monkeypatch):
+    """More than are fetched at a time wait, and a second conversation waits in an event loop of its own."""
+    from vl2_jax.api import find_model
+    from vl2_jax.serving.http.fetching import Fetcher
+    from vl2_jax.serving.vllm.prompts import VL2Renderer
+
+    fetching, most, count = 0, 0, 20
+
+    async def get(self, address):
+        nonlocal fetching, most
+        fetching += 1
+        most = max(most, fetching)
+        await asyncio.sleep(0.01)
+        fetching -= 1
+        return png((8, 8))
+
+    monkeypatch.setattr(Fetcher, "_get", get)
+    config = config_of(find_model("vl2-nano"))
+    config.model_config.allowed_media_domains = ["example.org"]
+    config.model_config.multimodal_config.get_limit_per_prompt = lambda modality: count
+    renderer = VL2Renderer(config, None)
+    parts = [{"type": "image_url", "image_url": {"url": f"https://example.org/{n}.png"}} for n in range(count)]
+    for _ in range(2):
+        _, prompt = renderer.render_messages(
+            [{"role": "user", "content": parts}], SimpleNamespace(chat_template_kwargs=None)
+        )
+        assert len(prompt["multi_modal_data"]["image"]) == count
+    assert 1 < most < count
 
 
 def test_what_is_taken_from_vllm_is_imported_in_one_file():

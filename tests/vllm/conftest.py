@@ -68,9 +68,7 @@ def conversation(number):
     """Messages of 10 to 350 tokens with 0 to 3 pictures and one or two questions; many begin alike."""
     chosen = random.Random(number)
     pictures = [str(GOLDENS / "images" / name) for name in sorted(PICTURES)[: number % 4]]
-    words = " ".join(
-        chosen.choices(("where", "red", "shape", "beside", "<|User|>", "\\<image>"), k=1 + number * 7 % 30)
-    )
+    words = " ".join(chosen.choices(WORDS, k=1 + number * 7 % 30))
     first = {"role": "user", "content": "<image>\n" * len(pictures) + "Look at this. " * 9 + words, "images": pictures}
     if number % 3:
         return [first]

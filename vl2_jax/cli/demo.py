@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from vl2_jax.cli.flags import NO_MODEL, OptionalModel
-from vl2_jax.cli.serve import LimitFlags, check_port, limits_of, loading
+from vl2_jax.cli.serve import LimitFlags, check_port, limits_of, loading, log_to_standard_error
 from vl2_jax.cli.terminal import messages, tell
 from vl2_jax.errors import RequestError, VL2Error
 from vl2_jax.installation import install_line
@@ -63,7 +63,7 @@ def demo(
             raise VL2Error(f"the page needs {error.name!r}: {install_line('demo')}") from None
         # Without a flag for another host: from elsewhere, ssh -L 7860:127.0.0.1:7860 HOST.
         listener = server.bind(LOOPBACK, port)
-        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+        log_to_standard_error()
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that tabs are open at the end is no error
         address = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
         tell(f"open {address} in a browser; {model.model} is loading")

@@ -119,7 +119,8 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
         "max_tokens": of.max_tokens or MAX_TOKENS,
     }
     answers.begin(folder, settings)
-    if rows_left(folder, settings, rows, share):
+    hash_ = answers.settings_hash(settings)
+    if rows_left(answers.read(folder, hash_), rows, share):
         vl2, _ = model.load(devices)
         limits = Limits(max_running=of.max_num_seqs, max_waiting=of.max_num_seqs)
         at_once = limits.max_running + limits.max_waiting
@@ -128,10 +129,10 @@ def _benchmark(model: Any, of: BenchmarkFlags, json: bool, devices: Any) -> None
     wait_for_all("evaluated")
     if messages.quiet:  # another process puts together what all have answered
         return
-    if left := rows_left(folder, settings, rows):
+    known = answers.read(folder, hash_)  # again: other processes answered meanwhile
+    if left := rows_left(known, rows):
         tell(f"{len(left)} of {rows} rows are other shares'; run this without --shard once they are in {folder}")
         return
-    known = answers.read(folder, answers.settings_hash(settings))
     _report(name, benchmark, [a for a in known.values() if a.row < rows], samples, settings, folder, json)
 
 

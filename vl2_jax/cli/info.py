@@ -40,8 +40,9 @@ def config_of(model: str) -> Any:
 
 def describe(config: Any) -> dict[str, Any]:
     """Counts and sizes of a configuration, from shapes alone."""
-    from convert.quantise import KINDS, bytes_of
+    from convert.quantise import bytes_of
     from convert.weight_map import plan
+    from vl2_jax.config import WEIGHT_KINDS
     from vl2_jax.model.decoder import page_bytes
     from vl2_jax.ops.paging.pages import PAGE
 
@@ -60,7 +61,7 @@ def describe(config: Any) -> dict[str, Any]:
         "parameters_active_per_token": total - pooling - idle - count["language/embed_tokens"],
         "memory_bytes_bfloat16": 2 * total,
         "memory_bytes_float32": 4 * total,
-        **{f"memory_bytes_{kind}": bytes_of(leaves, kind) for kind in KINDS},
+        **{f"memory_bytes_{kind}": bytes_of(leaves, kind) for kind in WEIGHT_KINDS},
         "cache_bytes_per_token_bfloat16": page_bytes(language, "bfloat16") // PAGE,
         "cache_bytes_per_token_int8": page_bytes(language, "bfloat16", "int8") // PAGE,
         "context_tokens": language.max_position_embeddings,

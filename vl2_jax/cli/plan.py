@@ -56,17 +56,17 @@ def plan(
     if save is not None:
         picture.check(save)
     config = config_of(model)
-    of_recipe = weights is not None and purpose == "train" and recipe is not None
-    training = None if recipe is None else read_recipe(recipe, [f"model.weights={weights}"] if of_recipe else [])
-    narrow = None if of_recipe else weights, cache
+    training = None if recipe is None else read_recipe(recipe)
     if search:
         kinds = [kind.strip() for kind in topology.split(",")] if topology else list(TOPOLOGIES)
         unknown = [kind for kind in kinds if kind not in TOPOLOGIES]
         if unknown:
             raise MeshError(f"there is no kind of TPU {shown(unknown[0])}; choose from {', '.join(TOPOLOGIES)}.")
-        found = planning.search(model, config, kinds, purpose, batch, context, tell, training, *narrow)
+        found = planning.search(model, config, kinds, purpose, batch, context, tell, training, weights, cache)
     else:
-        found = planning.make_plan(model, config, topology, purpose, batch, context, mesh, dispatch, training, *narrow)
+        found = planning.make_plan(
+            model, config, topology, purpose, batch, context, mesh, dispatch, training, weights, cache
+        )
     if save is not None:
         picture.draw(found, save)
     if json:

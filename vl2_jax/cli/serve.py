@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vl2_jax.cli.terminal import messages, tell
 from vl2_jax.errors import RequestError, VL2Error, shown
 from vl2_jax.installation import install_line
 from vl2_jax.progress import Display, Report
+from vl2_jax.serving.http import MOST_BODY_BYTES
 from vl2_jax.sharding.devices import Devices
 
 _LARGEST_KEY_FILE = 1 << 16
@@ -73,7 +75,7 @@ class DoorFlags:
     limit_mm_per_prompt: str | None = None
     honor_detail: tyro.conf.FlagCreatePairsOff[bool] = False
     override_generation_config: str | None = None
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = MOST_BODY_BYTES
     drain_seconds: float = 30.0
 
 
@@ -112,12 +114,11 @@ def serve(
     options = model.options(Devices(mesh))
     listener = server.bind(door.host, door.port)
     host, port = listener.getsockname()[:2]
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    log_to_standard_error()
     logging.getLogger("vl2_jax").setLevel(logging.INFO)
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     tell(f"{settings.names[0]} is loading; {address}/ready tells how far it is")
-    if not settings.keys and not server.is_loopback(door.host):
-        tell(f"whoever reaches {host}:{port} may ask; --api-key limits that", "yellow")
+    warn_if_open(settings.keys, host, port)
 
     with Display(messages) as display:
 
@@ -173,7 +174,6 @@ def limits_of(model: ModelFlags, flags: LimitFlags, mesh: str | None) -> Any:
 
 
 def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mesh: str | None) -> Any:
-    from vl2_jax.serving.http import fetching
     from vl2_jax.serving.http.decoding import PictureLimits
     from vl2_jax.serving.http.door import names_of_loopback
     from vl2_jax.serving.http.sampling import Defaults
@@ -182,15 +182,12 @@ def _settings(model: OptionalModelFlags, flags: LimitFlags, door: DoorFlags, mes
 
     check_door(door)
     keys = keys_of(door)
-    domains = frozenset(domain.lower() for domain in door.allowed_media_domains)
-    for domain in domains:
-        fetching.check_domain(domain)
     return Settings(
         names=tuple(door.served_model_name) or (model.model,),
         keys=keys,
         limits=limits_of(model, flags, mesh),
-        pictures=PictureLimits(most=most_pictures(door.limit_mm_per_prompt, PictureLimits.most)),
-        media_domains=domains,
+        pictures=PictureLimits(most=most_pictures(door)),
+        media_domains=frozenset(domains_of(door)),
         defaults=Defaults.read(door.override_generation_config),
         honor_detail=door.honor_detail,
         hosts=frozenset(names_of_loopback(door.host)) if is_loopback(door.host) and not keys else None,
@@ -208,6 +205,8 @@ def check_door(door: DoorFlags) -> None:
     """Raises RequestError for a number that is out of bounds."""
     _check_at_least(1024, door, "max_body_bytes")
     _check_at_least(0, door, "drain_seconds")
+    if math.isinf(door.drain_seconds):
+        raise RequestError(f"--drain-seconds is {door.drain_seconds}; expected a number that ends.")
     check_port(door.port)
 
 
@@ -255,10 +254,39 @@ def keys_of(door: DoorFlags) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def most_pictures(given: str | None, usual: int) -> int:
+def warn_if_open(keys: Sequence[str], host: str, port: int) -> None:
+    """Tells that everybody who reaches a server may ask it."""
+    from vl2_jax.serving.http.server import is_loopback
+
+    if not keys and not is_loopback(host):
+        tell(f"whoever reaches {host}:{port} may ask; --api-key limits that", "yellow")
+
+
+def log_to_standard_error() -> None:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+
+
+def domains_of(door: DoorFlags) -> tuple[str, ...]:
+    """The hosts of `--allowed-media-domains`, in small letters.
+
+    Raises:
+      RequestError: one of them is no name of a host.
+    """
+    from vl2_jax.serving.http.fetching import check_domain
+
+    domains = tuple(domain.lower() for domain in door.allowed_media_domains)
+    for domain in domains:
+        check_domain(domain)
+    return domains
+
+
+def most_pictures(door: DoorFlags) -> int:
     """The number of pictures of `--limit-mm-per-prompt`."""
+    from vl2_jax.serving.http.decoding import PictureLimits
+
+    given = door.limit_mm_per_prompt
     if given is None:
-        return usual
+        return PictureLimits.most
     try:
         most = json.loads(given)["image"]
     except (ValueError, KeyError, TypeError, RecursionError):

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import shlex
 from typing import Any
 
 from vl2_jax.cli.flags import OptionalModelFlags
-from vl2_jax.cli.serve import DoorFlags, LimitFlags, check_context, check_door, check_limits, keys_of, most_pictures
+from vl2_jax.cli.serve import (
+    DoorFlags,
+    LimitFlags,
+    check_context,
+    check_door,
+    check_limits,
+    domains_of,
+    keys_of,
+    most_pictures,
+    warn_if_open,
+)
 from vl2_jax.cli.terminal import tell
 from vl2_jax.errors import RequestError, shown
 from vl2_jax.sharding.devices import Devices
 
 _DEVICES = re.compile(r"expert=([1-9][0-9]{0,3})")
-_OURS_ALONE = (  # flags, of whom they are, and why vLLM has no such thing
-    ("num_pages", "vLLM sizes its cache by --gpu-memory-utilization"),
-    ("honor_detail", "pictures are always cut into tiles"),
-    ("max_body_bytes", "a proxy in front of vLLM limits that"),
-    ("chunk_size", "vLLM cuts prompts itself"),
-)
+_HANDED_ON = {
+    "model", "adapters", "merge", "no_merge", "dtype", "weights", "verify",
+    "max_model_len", "max_num_seqs", "max_num_queued_reqs", "max_num_queued_tokens", "enable_prefix_caching",
+    "host", "port", "api_key", "api_key_file", "served_model_name", "allowed_media_domains", "limit_mm_per_prompt",
+    "override_generation_config", "drain_seconds",
+}  # fmt: skip
+_WHY_NOT = {  # of flags that are refused
+    "cache": "vLLM holds its own, in the dtype of products",
+    "chunk_size": "vLLM cuts prompts itself",
+    "num_pages": "vLLM sizes its cache by --gpu-memory-utilization",
+    "honor_detail": "pictures are always cut into tiles",
+    "max_body_bytes": "a proxy in front of vLLM limits that",
+}
+_NO_DEFAULTS = {"max_tokens", "min_tokens", "ignore_eos"}  # vLLM leaves them out of its defaults, and tells nobody
 
 
 def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, mesh: str | None) -> None:
@@ -31,14 +51,13 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
     from vl2_jax.api import find_model
     from vl2_jax.config import read_config
     from vl2_jax.serving.vllm import launch
+    from vl2_jax.serving.vllm.settings import Settings
 
     launch.check_versions()
     check_limits(limits)
     check_door(door)
-    for flags in (model, limits, door):
-        for name, why in _OURS_ALONE:
-            if hasattr(flags, name) and getattr(flags, name) != type(flags).__dataclass_fields__[name].default:
-                raise RequestError(f"--engine vllm knows no --{name.replace('_', '-')}: {why}.")
+    _refuse_what_is_not_handed_on(model, limits, door)
+    _check_defaults(door.override_generation_config)
     match = _DEVICES.fullmatch(mesh or "expert=1")
     if match is None:
         raise RequestError(f"--mesh is {shown(mesh)}; with --engine vllm it is expert=N, for N devices.")
@@ -49,7 +68,7 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
     config = read_config(directory)
     check_context(limits, config)
     loading = {name: str(value) if name == "adapters" else value for name, value in model.options(Devices()).items()
-               if name in ("weights", "verify", "adapters", "merge") and value is not None}  # fmt: skip
+               if name in Settings.__dataclass_fields__ and value is not None}  # fmt: skip
     command = launch.command(
         directory,
         config,
@@ -60,30 +79,45 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
         flags=_flags(model, limits, door),
         environment={**os.environ, **({"VLLM_API_KEY": keys[0]} if keys else {})},
     )
+    warn_if_open([key] if (key := command.environment.get("VLLM_API_KEY")) else [], door.host, door.port)
     tell(f"NEW_MODEL_DESIGN=1 {shlex.join(command.arguments)}")
     os.execve(command.arguments[0], command.arguments, dict(command.environment))
 
 
+def _refuse_what_is_not_handed_on(*groups: OptionalModelFlags | LimitFlags | DoorFlags) -> None:
+    for flags in groups:
+        for field in dataclasses.fields(flags):
+            if field.name not in _HANDED_ON and getattr(flags, field.name) != field.default:
+                why = _WHY_NOT.get(field.name, "vLLM has no such thing")
+                raise RequestError(f"--engine vllm knows no --{field.name.replace('_', '-')}: {why}.")
+
+
+def _check_defaults(text: str | None) -> None:
+    from vl2_jax.serving.http.sampling import Defaults
+
+    Defaults.read(text)
+    if unheard := sorted(_NO_DEFAULTS & json.loads(text or "{}").keys()):
+        raise RequestError(
+            f"--override-generation-config has {shown(unheard[0])}, which --engine vllm takes from requests alone; "
+            "leave it out, or limit answers with max_new_tokens."
+        )
+
+
 def _flags(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags) -> list[str]:
     """Flags that both have, in vLLM's words."""
-    from vl2_jax.serving.http.fetching import check_domain
-
-    pictures = most_pictures(door.limit_mm_per_prompt, 16)
     flags: dict[str, Any] = {
         "host": door.host,
         "port": door.port,
         "max-num-seqs": limits.max_num_seqs,
         "max-num-queued-reqs": limits.max_num_queued_reqs,
         "max-num-queued-tokens": limits.max_num_queued_tokens,
-        "limit-mm-per-prompt": f'{{"image": {pictures}}}',
-        "override-generation-config": door.override_generation_config,
+        "limit-mm-per-prompt": f'{{"image": {most_pictures(door)}}}',
+        "override-generation-config": door.override_generation_config or None,
         "shutdown-timeout": round(door.drain_seconds),
     }
     told = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
     told.append("--enable-prefix-caching" if limits.enable_prefix_caching else "--no-enable-prefix-caching")
     told += ["--served-model-name", *(door.served_model_name or (model.model,))]
-    for domain in door.allowed_media_domains:
-        check_domain(domain.lower())
-    if door.allowed_media_domains:
-        told += ["--allowed-media-domains", *(domain.lower() for domain in door.allowed_media_domains)]
+    if domains := domains_of(door):
+        told += ["--allowed-media-domains", *domains]
     return told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,13 @@ from vl2_jax.progress import Report, silent
 from vl2_jax.serving.requests import Event, Failed, Finished, Request, Serves
 
 
-def rows_left(folder: Path, settings: dict[str, Any], rows: int, share: Share = EVERYTHING) -> list[int]:
-    """Rows of a share that nobody has answered yet."""
-    done = answers.rows_done(answers.read(folder, answers.settings_hash(settings)))
+def rows_left(known: Mapping[tuple[int, int], Scored], rows: int, share: Share = EVERYTHING) -> list[int]:
+    """Rows of a share that nobody has answered yet.
+
+    Args:
+      known: what has been answered, see `answers.read`.
+    """
+    done = answers.rows_done(known)
     return [row for row in range(rows) if share.has(row) and row not in done]
 
 
@@ -59,7 +63,7 @@ def evaluate(
     """
     hash_ = answers.settings_hash(settings)
     known = answers.read(folder, hash_)
-    left = rows_left(folder, settings, rows, share)
+    left = rows_left(known, rows, share)
     options = SamplingOptions(max_tokens=settings["max_tokens"])
     with AnswerFile(folder / share.file, hash_) as file:
         number = 0

@@ -35,12 +35,13 @@ class Chunking(NamedTuple):
         return self._replace(most=min(self.most, room))
 
     def lengths(self, sequences: int = 1) -> list[int]:
-        """Of the chunks of so many sequences, the longest first."""
+        """Of the chunks of so many sequences, the longest first: multiples of the shortest, at which all begin."""
         rows = -(-sequences // self.devices)
-        longest = [self.most]
-        while longest[-1] // self.ratio >= _SHORTEST:
-            longest.append(longest[-1] // self.ratio)
-        return [length for length in longest if length * rows <= _MOST_ROWS] or longest[-1:]
+        shortest, count = self.most, 1
+        while shortest // self.ratio >= _SHORTEST:
+            shortest, count = shortest // self.ratio, count + 1
+        lengths = [shortest * self.ratio**power for power in reversed(range(count))]
+        return [length for length in lengths if length * rows <= _MOST_ROWS] or [shortest]
 
     def cut(self, positions: int, sequences: int = 1) -> list[int]:
         """Lengths of the chunks that hold so many positions at the least cost, the longest first."""

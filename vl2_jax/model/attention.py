@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import flax.linen as nn
 import jax
@@ -303,17 +303,17 @@ def empty_pages(config: LanguageConfig, lead: tuple[int, ...], dtype: Dtype, kin
       dtype: that rows are read in.
       kind: "int8" keeps them as whole numbers; `None` is in `dtype`.
     """
+    floats: Any
+    whole: Any
     if config.use_mla:
         shapes = (*lead, PAGE, config.kv_lora_rank), (*lead, PAGE // 2, 2 * config.qk_rope_head_dim)
-        of_scales = (*lead, 1, PAGE)
+        of_scales, floats, whole = (*lead, 1, PAGE), LatentPages, Int8LatentPages
     else:
         shapes = ((*lead, config.num_key_value_heads, PAGE, config.head_dim),) * 2
-        of_scales = (*lead, config.num_key_value_heads, 1, PAGE)
-    first, second = (jnp.zeros(shape, dtype if kind is None else jnp.int8) for shape in shapes)
+        of_scales, floats, whole = (*lead, config.num_key_value_heads, 1, PAGE), HeadPages, Int8HeadPages
     if kind is None:
-        return LatentPages(first, second) if config.use_mla else HeadPages(first, second)
-    scales = jnp.zeros(of_scales, dtype), jnp.zeros(of_scales, dtype)
-    return Int8LatentPages(first, second, *scales) if config.use_mla else Int8HeadPages(first, second, *scales)
+        return floats(*(jnp.zeros(shape, dtype) for shape in shapes))
+    return whole(*(jnp.zeros(shape, jnp.int8) for shape in shapes), *(jnp.zeros(of_scales, dtype) for _ in shapes))
 
 
 def checked_cache(name: str | None) -> CacheKind | None:
@@ -322,10 +322,7 @@ def checked_cache(name: str | None) -> CacheKind | None:
     Raises:
       RequestError: there is none of it.
     """
-    kinds: tuple[CacheKind, ...] = get_args(CacheKind)
-    if name is None:
-        return None
-    for kind in kinds:
-        if name == kind:
-            return kind
-    raise RequestError(f"a cache of kind {shown(name)} is not known; choose {', '.join(kinds)}, or none.")
+    if name not in (None, *get_args(CacheKind)):
+        known = ", ".join(get_args(CacheKind))
+        raise RequestError(f"a cache of kind {shown(name)} is not known; choose {known}, or none.")
+    return cast("CacheKind | None", name)

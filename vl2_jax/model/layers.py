@@ -63,9 +63,9 @@ class Layout:
     def experts(
         self,
         x: Float[Array, "B T D"],
-        gate: Float[Array, "E D F"],
-        up: Float[Array, "E D F"],
-        down: Float[Array, "E F D"],
+        gate: Float[Array, "E D F"] | Narrow,
+        up: Float[Array, "E D F"] | Narrow,
+        down: Float[Array, "E F D"] | Narrow,
         expert_ids: Int[Array, "B T k"],
         combine_weights: Float[Array, "B T k"],
         adapters: ExpertAdapters | None = None,
@@ -94,7 +94,7 @@ def scan_layers(
     Args:
       body: one layer, `(x, its variables)` to the new x and what it tells.
       variables: of each layer. They stay apart everywhere else and are stacked here, in `dtype`: a copy that casting
-        would make anyway.
+        would make anyway, and a second one of what is not cast, as narrow weights are not.
       remat: keep only each layer's input for the backward pass.
     """
     if len({jax.tree.structure(each) for each in variables}) > 1:

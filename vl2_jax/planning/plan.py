@@ -136,7 +136,7 @@ def make_plan(
         purpose=purpose,
         batch=batch,
         context=context,
-        weights=weights,
+        weights=weights or (recipe.model.weights if purpose == "train" and recipe else None),
         cache=cache,
         fits=compiled is not None,
         memory={kind: size for kind, size in memory.items() if size},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -75,21 +75,25 @@ def build(
 
     Args:
       recipe: of training.
-      weights: the kind of quantised weights (`convert.quantise`) that inference reads; `None` is bfloat16.
+      weights: the kind of quantised weights (`convert.quantise`); `None` is bfloat16, in training the recipe's.
       cache: its kind of cache (`attention.empty_pages`), likewise.
 
     Raises:
       CheckpointError, RequestError: no such kind.
-      MeshError: a kind for a training step, which has no cache, and whose recipe says the kind of its weights.
+      MeshError: a kind of cache for a training step, which has none, or of weights where there is no recipe.
+      ConfigError: a kind of weights for a recipe without adapters.
     """
-    kinds = None if weights is None else checked_kind(weights), checked_cache(cache)
+    kind, cache_kind = None if weights is None else checked_kind(weights), checked_cache(cache)
     if purpose != "train":
-        return _inference(purpose, config, layout, batch, context, *kinds)
-    if any(kinds):
-        flag = f"--weights {weights}" if weights else f"--cache {cache}"
-        remedy = ", or with --recipe of adapters ([lora])" if weights else ""
+        return _inference(purpose, config, layout, batch, context, kind, cache_kind)
+    if cache_kind is not None or (kind is not None and recipe is None):
+        flag = f"--cache {cache}" if cache_kind else f"--weights {weights}"
+        remedy = "" if cache_kind else ", or with --recipe of adapters ([lora])"
         raise MeshError(f"a training step updates floats and has no cache; plan it without {flag}{remedy}.")
-    return _train(config, layout, batch, context, recipe or _FULL)
+    recipe = recipe or _FULL
+    if kind is not None:
+        recipe = replace(recipe, model=replace(recipe.model, weights=kind))
+    return _train(config, layout, batch, context, recipe)
 
 
 def _inference(

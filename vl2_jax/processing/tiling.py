@@ -18,7 +18,7 @@ visual table `[newline; separator; tokens of tile 0; tokens of tile 1; ...]`, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from einops import rearrange
@@ -114,6 +114,11 @@ def visual_token_count(crop: tuple[int, int], token_grid: int) -> int:
     """Positions one picture takes in the sequence (SPEC 3.5)."""
     across, down = crop
     return token_grid * (token_grid + 1) + 1 + token_grid * down * (token_grid * across + 1)
+
+
+def largest_raster(rasters: Iterable[tuple[int, int]], token_grid: int) -> tuple[int, int]:
+    """The raster (across, down) whose pictures take the most positions."""
+    return max(rasters, key=lambda raster: visual_token_count(raster, token_grid))
 
 
 def normalise(tiles: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The memory that an engine holds on its devices, and what runs on it: `programs`, with shapes and numbers made here.
 
-Only the engine's thread calls it. Programs are given the memory that they update; where one fails after that, the
-memory is lost (`Device.is_lost`) and made anew.
+Once it is made, only the engine's thread calls what computes. Programs are given the memory that they update; where
+one fails after that, the memory is lost (`Device.is_lost`) and made anew.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from vl2_jax.serving.schedule import Sequence as Asked
 if TYPE_CHECKING:
     from vl2_jax.api import VL2
 
-_FEWEST_TILES = 64  # rows of the table of tiles
+_TILES_KEPT = 64  # rows of the table of tiles
 
 
 class Device:
@@ -54,25 +54,31 @@ class Device:
         self.context = min(limits.context or config.max_position_embeddings, config.max_position_embeddings)
         self.lengths = vl2.generator.chunking.within(self.context).lengths()
         self.seconds = dict.fromkeys(self.lengths, 0.0)
-        self.pages = pages_for(vl2.config, weights, vl2.model.dtype, limits, vl2.model.cache_kind)
+        platform = next(iter(jax.tree.leaves(vl2.params)[0].devices())).platform
+        self.pages = pages_for(vl2.config, weights, vl2.model.dtype, limits, vl2.model.cache_kind, platform=platform)
         spare = 0 if PAGE % self.lengths[-1] == 0 else self.lengths[-1]  # of a last chunk that begins anywhere
         self._per = -(-(self.context + spare) // PAGE)
         self._slot_count, self._vocabulary = limits.max_running, config.vocab_size
-        self._nobody = sampler_of(SamplingOptions(), config.vocab_size, self._eos)  # of a slot that has no request
+        self._nobody = self.sampler(SamplingOptions())  # of a slot that has no request
         devices = vl2.model.layout.devices
-        self.tiles = TileTable(-(-_FEWEST_TILES // devices), devices)
+        self.tiles = TileTable(-(-_TILES_KEPT // devices), devices)
+        self.make()
+
+    def make(self) -> None:
+        """All memory, empty; no tile is known. What there was goes first: two caches would not fit."""
         self.cache: Cache = ()
         self._slots: Any = None
         self._table: Any = None
         self._hidden: Any = None
-        self.make()
-
-    def make(self) -> None:
-        """All memory, empty; no tile is known."""
-        self.cache, self._slots = programs.empty(self._model, self.pages, self._slot_count)
         self.tiles.forget()
-        self._table = empty_table(self._model, self.tiles.rows)
+        with DEVICES:
+            self.cache, self._slots = programs.empty(self._model, self.pages, self._slot_count)
+            self._table = empty_table(self._model, self.tiles.rows)
         self._hidden = np.zeros((1, self._model.config.language_config.hidden_size), self._model.dtype)
+
+    def sampler(self, options: SamplingOptions) -> Sampler:
+        """Options as a row of the programs."""
+        return sampler_of(options, self._vocabulary, self._eos)
 
     @property
     def is_lost(self) -> bool:
@@ -125,7 +131,7 @@ class Device:
         self, by_slot: Mapping[int, Asked], steps: int, greedy: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Alternatives]:
         """Up to `steps` tokens of each slot: `[r, n]`, their log-probabilities, how many there are, the likeliest."""
-        count = next(size for size in self._buckets() if size > max(by_slot, default=0))
+        count = next(size for size in self._buckets() if size > max(by_slot))
         rows, samplers = self._rows(by_slot, count)
         with DEVICES:
             return self._decode(rows, samplers, steps, greedy)
@@ -134,35 +140,36 @@ class Device:
         """Runs every program on nothing."""
         size = self._model.config.vision_config.image_size
         total, done = 1 + len(self.lengths) + 2 * (1 + len(self._buckets())), 0
-        report("compiling", done, total)
-        self._table = encode_some(self._model, self._params, np.zeros((1, size, size, 3), np.uint8), self._table, 0)
-        for length in self.lengths:
-            report("compiling", done := done + 1, total)
-            ids, last = np.zeros((1, length), np.int32), np.asarray([-1], np.int32)
-            for _ in range(2):  # the second time shows how long it takes
-                self._chunk(ids, np.full_like(ids, TEXT), 0, last, self._pages_of([[]]))
-        one = with_bias(self._nobody, SamplingOptions(), self._vocabulary)
-        seen, counts = np.zeros(self._vocabulary, bool), np.zeros(self._vocabulary, np.int16)
-        for greedy in (True, False):
-            report("compiling", done := done + 1, total)
-            self._slots, *_ = programs.begin(
-                self._model, self._params, self._hidden, self._slots, np.int32(0), seen, counts,
-                np.zeros(1, np.int32), one, greedy,
-            )  # fmt: skip
-            for count in self._buckets():
+        with DEVICES:
+            report("compiling", done, total)
+            self._table = encode_some(self._model, self._params, np.zeros((1, size, size, 3), np.uint8), self._table, 0)
+            for length in self.lengths:
                 report("compiling", done := done + 1, total)
-                self._decode(*self._rows({}, count), 1, greedy)
-        report("compiling", total, total)
+                ids, last = np.zeros((1, length), np.int32), np.asarray([-1], np.int32)
+                for _ in range(2):  # the second time shows how long it takes
+                    self._chunk(ids, np.full_like(ids, TEXT), 0, last, self._pages_of([[]]))
+            one = with_bias(self._nobody, SamplingOptions(), self._vocabulary)
+            seen, counts = np.zeros(self._vocabulary, bool), np.zeros(self._vocabulary, np.int16)
+            for greedy in (True, False):
+                report("compiling", done := done + 1, total)
+                self._slots, *_ = programs.begin(
+                    self._model, self._params, self._hidden, self._slots, np.int32(0), seen, counts,
+                    np.zeros(1, np.int32), one, greedy,
+                )  # fmt: skip
+                for count in self._buckets():
+                    report("compiling", done := done + 1, total)
+                    self._decode(*self._rows({}, count), 1, greedy)
+            report("compiling", total, total)
 
     def _chunk(self, ids: np.ndarray, index: np.ndarray, begin: int, last: np.ndarray, pages: np.ndarray) -> None:
-        begun = time.perf_counter()
         with DEVICES:
+            begun = time.perf_counter()
             self._hidden, self.cache = prefill_chunk(
                 self._model, self._params, ids, index, self._table, self.cache, self._hidden, np.int32(begin), last,
                 pages,
             )  # fmt: skip
             jax.block_until_ready(self._hidden)
-        self.seconds[ids.shape[1]] = time.perf_counter() - begun
+            self.seconds[ids.shape[1]] = time.perf_counter() - begun
 
     def _decode(
         self, rows: Rows, samplers: Sampler, steps: int, greedy: bool

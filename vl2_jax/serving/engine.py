@@ -23,13 +23,11 @@ from vl2_jax.compilation import counting_compilations
 from vl2_jax.errors import ClosedError, OverloadedError, RequestError
 from vl2_jax.inference.answers import AnswerWriter
 from vl2_jax.inference.generate import Alternatives, answer_of, picture_at, room_for, steps_a_call
-from vl2_jax.inference.turns import DEVICES
 from vl2_jax.ops.paging.pages import PAGE
 from vl2_jax.progress import Report, silent
 from vl2_jax.serving.device import Device
 from vl2_jax.serving.pages import Beginnings, PagePool, tile_digests
 from vl2_jax.serving.pictures import tiles_shown
-from vl2_jax.serving.programs import sampler_of
 from vl2_jax.serving.requests import (
     MOST_ALTERNATIVES,
     Event,
@@ -71,7 +69,7 @@ class Engine:
         if limits.max_running < 1 or limits.max_waiting < 0 or (limits.pages is not None and limits.pages < 2):
             raise RequestError(f"{limits} cannot serve anybody; at least one request and two pages are needed.")
         self._vl2, self._limits = vl2, limits
-        with DEVICES, vl2.model.layout.on_devices():
+        with vl2.model.layout.on_devices():
             self._device = Device(vl2, limits)
             self._device.compile(report)
         self._schedule = Schedule(PagePool(self._device.pages), limits.max_running, limits.prefix_cache)
@@ -173,11 +171,11 @@ class Engine:
     def _sequence(self, request: Request, listener: Listener) -> Sequence:
         self.check(request)
         options, tokenizer = request.options, self._vl2.processor.tokenizer
-        sampler = sampler_of(options, self._vl2.config.language_config.vocab_size, tokenizer.eos_id)
         tiles = tile_digests(request.prompt)
         root = hashlib.sha256(request.salt.encode("utf-8", "surrogatepass")).digest()
         writer = AnswerWriter(tokenizer, options, self._limit(request))
         beginnings = Beginnings(root, request.prompt, tiles)
+        sampler = self._device.sampler(options)
         return Sequence(request, listener, writer, sampler, tiles, beginnings, request.prompt.input_ids.tolist())
 
     # The engine's thread.

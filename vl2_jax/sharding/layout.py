@@ -89,9 +89,9 @@ class MeshLayout(Layout):
     def experts(
         self,
         x: Float[Array, "B T D"],
-        gate: Float[Array, "E D F"],
-        up: Float[Array, "E D F"],
-        down: Float[Array, "E F D"],
+        gate: Float[Array, "E D F"] | Narrow,
+        up: Float[Array, "E D F"] | Narrow,
+        down: Float[Array, "E F D"] | Narrow,
         expert_ids: Int[Array, "B T k"],
         combine_weights: Float[Array, "B T k"],
         adapters: ExpertAdapters | None = None,

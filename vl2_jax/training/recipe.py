@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vl2_jax.config import configs_directory
+from vl2_jax.config import WEIGHT_KINDS, configs_directory
 from vl2_jax.errors import ConfigError, shown
 from vl2_jax.files import local_source
 from vl2_jax.scenes import SceneSizes
@@ -67,8 +67,8 @@ class ModelRecipe:
         _check("model", self, seed=_SEED)
         if self.adapters is not None and self.path is None:
             raise ConfigError("model.adapters needs model.path, the model that they were made for.")
-        if self.weights not in (None, "int8", "int4"):
-            raise ConfigError(f"model.weights is {shown(self.weights)}; expected int8 or int4.")
+        if self.weights not in (None, *WEIGHT_KINDS):
+            raise ConfigError(f"model.weights is {shown(self.weights)}; expected {' or '.join(WEIGHT_KINDS)}.")
         if self.weights is not None and self.path is None:
             raise ConfigError("model.weights needs model.path, a model that has learned something to round.")
 

@@ -53,7 +53,7 @@ class TrainState:
 
     step: Int[Array, ""]
     trained: dict[str, Array]
-    kept: dict[str, Array]
+    kept: dict[str, Any]  # arrays, or quantised matrices
     optimizer: Any
 
 
@@ -153,7 +153,7 @@ def _whole(recipe: Recipe, params: Mapping[str, Any]) -> dict[str, Any]:
     return whole
 
 
-def model_params(recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str, Array]) -> Params:
+def model_params(recipe: Recipe, trained: Mapping[str, Array], kept: Mapping[str, Any]) -> Params:
     """What the model computes with: its parameters, and its adapters beside them where these are trained."""
     params = unflatten({**kept, **{path: leaf for path, leaf in trained.items() if not is_factor(path)}})
     return {**params, ADAPTERS: collection_of(recipe.lora, trained)} if recipe.lora.rank else params
@@ -248,7 +248,7 @@ def all_finite(state: TrainState) -> Bool[Array, ""]:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((state.trained, state.optimizer))]).all()
 
 
-def balanced(kept: dict[str, Array], load: Float[Array, "layers E"], step: float) -> dict[str, Array]:
+def balanced(kept: dict[str, Any], load: Float[Array, "layers E"], step: float) -> dict[str, Any]:
     """Correction biases, one step up for experts below the mean load, down for those above (arXiv 2408.15664)."""
     paths = sorted((path for path in kept if path.endswith(CORRECTION_BIAS)), key=_layer)
     if not step or not paths:

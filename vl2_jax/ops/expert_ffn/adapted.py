@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.grouped_matmul.api import grouped_matmul
 from vl2_jax.ops.narrow.kinds import Narrow
 
-Factors = tuple[Float[Array, "E D r"], Float[Array, "E r out"]]
+Factors = tuple[Float[Array, "E wide r"], Float[Array, "E r out"]]
 ExpertAdapters = tuple[Factors | None, Factors | None, Factors | None]  # of gate, up and down
 
 

@@ -20,9 +20,9 @@ from vl2_jax.ops.narrow.product import widened
 
 def expert_ffn(
     x: Float[Array, "N D"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
+    gate: Float[Array, "E D F"] | Narrow,
+    up: Float[Array, "E D F"] | Narrow,
+    down: Float[Array, "E F D"] | Narrow,
     expert_ids: Int[Array, "N k"],
     combine_weights: Float[Array, "N k"],
     *,

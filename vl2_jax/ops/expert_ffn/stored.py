@@ -20,9 +20,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from vl2_jax.ops.narrow.kinds import Int4, Int8
+from vl2_jax.ops.narrow.kinds import GROUP, Int4, Int8
 
-GROUP = 128  # rows of an int4 matrix with the same scales
 _SIGNS = -0x77777778  # 0x88888888: numbers from 0 to 15 become those from -8 to 7 in two's complement
 
 

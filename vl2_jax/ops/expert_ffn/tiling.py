@@ -60,11 +60,11 @@ class Tiling:
 
 
 def choose_tiling(
-    chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int, scratch: ScratchOf | None = None
+    chip: Chip, tokens: int, width: int, expert_width: int, experts: int, k: int, scratch: ScratchOf
 ) -> Tiling | None:
     """The tiling for a chip and a shape, or None where the weights of two experts do not fit in vector memory.
 
-    `scratch` is what the kernel keeps there, by default the forward kernel's.
+    `scratch` is what the kernel keeps there.
 
     As many tokens a call as fit beside the weights of two experts, or of two parts of experts, if weights are read
     less often then. The tallest tile:
@@ -76,7 +76,7 @@ def choose_tiling(
     sooner (v6e, int4: a step of the gate and up products is 363 cycles with 64 rows, 304 with 16).
     """
     of_parts = functools.partial(
-        _fewest_calls, chip, round_up(tokens, 16), width, expert_width, k / experts, scratch=scratch or Scratch
+        _fewest_calls, chip, round_up(tokens, 16), width, expert_width, k / experts, scratch=scratch
     )
     # Parts that overlap compute more; where the weights are read several times it is made up for.
     tiles = expert_width // LANES

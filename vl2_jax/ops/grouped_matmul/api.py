@@ -37,6 +37,8 @@ def grouped_matmul(
       implementation: `None` is the kernel where the program is compiled for a TPU and the kernel takes it, else "xla".
     """
     if isinstance(rhs, Narrow):
+        if transpose_rhs or implementation is not None:
+            raise ValueError("narrow matrices are multiplied as they lie, in the way that suits the platform.")
         return _of_narrow(lhs, rhs, group_sizes)
     return _grouped_matmul(lhs, rhs, group_sizes, transpose_rhs, implementation)
 

@@ -55,7 +55,7 @@ def block_rows(rows: int, groups: int) -> int:
 
 
 def grouped_matmul(
-    lhs: Float[Array, "N K"], rhs: Float[Array, "G K M"], group_sizes: Int[Array, " G"]
+    lhs: Float[Array, "N K"], rhs: Float[Array, "G K M"] | Narrow, group_sizes: Int[Array, " G"]
 ) -> Float[Array, "N M"]:
     return _by_blocks(lhs, rhs, group_sizes, product, rhs.shape[2])
 

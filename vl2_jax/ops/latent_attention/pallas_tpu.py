@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import Chip, chip_of_mesh
-from vl2_jax.ops.paging.pages import HALF, PAGE, LatentPages
+from vl2_jax.ops.paging.pages import HALF, PAGE, AnyLatentPages, LatentPages
 from vl2_jax.ops.paging.pallas_tpu import (
     LANES,
     SLAB,
@@ -35,9 +35,10 @@ from vl2_jax.ops.paging.pallas_tpu import (
 _MOST_ROWS = 256  # of queries a sequence: what is longer is a matter of arithmetic, not of reading
 
 
-def supports(q_latent: Array, q_rotated: Array, pages: LatentPages, chip: Chip | None = None) -> bool:
+def supports(q_latent: Array, q_rotated: Array, pages: AnyLatentPages, chip: Chip | None = None) -> bool:
     """Whether the kernel can do this: bfloat16, widths that fill its lanes, few rows."""
-    if {a.dtype for a in (q_latent, q_rotated, *pages)} != {jnp.dtype(jnp.bfloat16)}:
+    kinds = {a.dtype for a in (q_latent, q_rotated, *pages)}
+    if not isinstance(pages, LatentPages) or kinds != {jnp.dtype(jnp.bfloat16)}:
         return False
     _, length, heads, rank = q_latent.shape
     if rank % LANES or 2 * q_rotated.shape[-1] != LANES or rows_of(length, heads) > _MOST_ROWS:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.chips import Chip, chip_of_mesh
-from vl2_jax.ops.paging.pages import PAGE, HeadPages
+from vl2_jax.ops.paging.pages import PAGE, AnyHeadPages, HeadPages
 from vl2_jax.ops.paging.pallas_tpu import (
     LANES,
     SLAB,
@@ -33,9 +33,9 @@ from vl2_jax.ops.paging.pallas_tpu import (
 _MOST_ROWS = 64  # of queries a sequence: every one is multiplied with all heads' keys
 
 
-def supports(queries: Array, pages: HeadPages, chip: Chip | None = None) -> bool:
+def supports(queries: Array, pages: AnyHeadPages, chip: Chip | None = None) -> bool:
     """Whether the kernel can do this: bfloat16, heads that fill its lanes, few rows."""
-    if {a.dtype for a in (queries, *pages)} != {jnp.dtype(jnp.bfloat16)}:
+    if not isinstance(pages, HeadPages) or {a.dtype for a in (queries, *pages)} != {jnp.dtype(jnp.bfloat16)}:
         return False
     _, length, heads, width = queries.shape
     if width != LANES or rows_of(length, heads) > _MOST_ROWS:

@@ -22,12 +22,12 @@ from jaxtyping import Array, Float, Int
 from vl2_jax.ops.chips import Chip, chip_of_mesh
 from vl2_jax.ops.flash_attention.online import LANES, OnlineSoftmax, block_of_queries
 from vl2_jax.ops.flash_attention.slots import KEYS, attend_to_slots, rows_of
-from vl2_jax.ops.paging.pages import PAGE, HeadPages, flat, full_table
+from vl2_jax.ops.paging.pages import PAGE, AnyHeadPages, HeadPages, flat, full_table
 
 _MIB = 1 << 20
 
 
-def supports(queries: Array, pages: HeadPages, slots: int, chip: Chip | None = None) -> bool:
+def supports(queries: Array, pages: AnyHeadPages, slots: int, chip: Chip | None = None) -> bool:
     """Whether the kernel can do this: bfloat16, heads of whole lanes, two heads of a sequence in vector memory.
 
     Args:

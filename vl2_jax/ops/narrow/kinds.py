@@ -27,6 +27,9 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int, UInt8, UInt16
 from jaxtyping import Int8 as Int8Array
 
+GROUP = 128  # rows of an Int4 with the same scales, if they divide its rows
+_MOST = 127  # of whole numbers in eight bits, to both sides of 0
+
 
 class Narrow(ABC):
     """What all kinds have: shape, rank and place of the matrix, or of those of all experts, and what products need.
@@ -189,3 +192,12 @@ class Int4(Narrow):
 
 def _float32(bits: UInt16[Array, ...]) -> Float[Array, ...]:
     return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def to_int8(array: Float[Array, ...], axis: int, dtype: Any = jnp.float32) -> tuple[Int8Array[Array, ...], Array]:
+    """The nearest whole numbers from -127 to 127, and the scales in `dtype` that the largest along `axis` gives."""
+    wide = array.astype(jnp.float32)
+    largest = jnp.abs(wide).max(axis=axis, keepdims=True)
+    scales = (jnp.where(largest > 0, largest, 1) / _MOST).astype(dtype)
+    values = jnp.clip(jnp.rint(wide / scales.astype(jnp.float32)), -_MOST, _MOST)
+    return values.astype(jnp.int8), scales

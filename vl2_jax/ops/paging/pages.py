@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int, Int8
 
+from vl2_jax.ops.narrow.kinds import to_int8
+
 PAGE = 128  # rows: 147 KB of latents in bfloat16, which a copy brings at the full rate of the memory
 HALF = PAGE // 2
-_MOST = 127  # of whole numbers in eight bits, to both sides of 0
 
 
 class LatentPages(NamedTuple):
@@ -178,22 +179,20 @@ AnyLatentPages = LatentPages | Int8LatentPages
 AnyHeadPages = HeadPages | Int8HeadPages
 AnyPages = AnyLatentPages | AnyHeadPages
 Pages = TypeVar("Pages", bound=AnyPages)
+FloatPages = TypeVar("FloatPages", bound=LatentPages | HeadPages)
 
 
 def _rounded(rows: Iterable[Float[Array, "... T ?W"]], dtype: Any) -> tuple[Array, ...]:
     """Each of some rows as the nearest whole numbers, then the scales of all of them, `[..., T, 1]`."""
     whole, scales = [], []
     for part in rows:
-        wide = part.astype(jnp.float32)
-        largest = jnp.abs(wide).max(axis=-1, keepdims=True)
-        scale = (jnp.where(largest > 0, largest, 1) / _MOST).astype(dtype)
-        steps = jnp.rint(wide / scale.astype(jnp.float32))
-        whole.append(jnp.clip(steps, -_MOST, _MOST).astype(jnp.int8))
+        values, scale = to_int8(part, -1, dtype)
+        whole.append(values)
         scales.append(scale)
     return *whole, *scales
 
 
-def shapes_of_page(pages: AnyPages) -> list[tuple[int, ...]]:
+def shapes_of_page(pages: LatentPages | HeadPages) -> list[tuple[int, ...]]:
     """Shape of one page in each array."""
     rank = 3 if isinstance(pages, HeadPages) else 2
     return [array.shape[-rank:] for array in pages]

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from vl2_jax.ops.paging.pages import PAGE, AnyPages, Pages, flat, pages_a_sequence, shapes_of_page
+from vl2_jax.ops.paging.pages import PAGE, FloatPages, HeadPages, LatentPages, flat, pages_a_sequence, shapes_of_page
 
 LANES = 128
 SLAB = 16  # rows of bfloat16 that are one tile of memory: less cannot be written
@@ -81,14 +81,14 @@ def attend(
     form: Form,
     queries: tuple[Float[Array, "B T H ?Q"], ...],
     new: tuple[Float[Array, "B ... T W"], ...],
-    pages: Pages,
+    pages: FloatPages,
     table: Int[Array, "B per"] | None,
     positions: Int[Array, " B"],
     *,
     scale: float,
     plan: Plan,
     name: str,
-) -> tuple[Float[Array, "B T H V"], Pages]:
+) -> tuple[Float[Array, "B T H V"], FloatPages]:
     """Results of all queries, and the pages with the T new rows of each sequence."""
     sequences: int = queries[0].shape[0]
     length: int = queries[0].shape[1]
@@ -137,7 +137,7 @@ def attend(
 
 
 def _vector_buffers(
-    form: Form, pages: AnyPages, sequences: int, rows: int, plan: Plan
+    form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan
 ) -> list[tuple[tuple[int, ...], Any]]:
     """(shape, dtype) of all scratch in vector memory, in the order of `_kernel`'s parameters."""
     shapes = shapes_of_page(pages)
@@ -174,7 +174,7 @@ def product(left: Array, right: Array, axis: int) -> Array:
     return lax.dot_general(left, right, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def vector_bytes(form: Form, pages: AnyPages, sequences: int, rows: int, plan: Plan) -> int:
+def vector_bytes(form: Form, pages: LatentPages | HeadPages, sequences: int, rows: int, plan: Plan) -> int:
     """Vector memory that the kernel's scratch takes."""
     buffers = _vector_buffers(form, pages, sequences, rows, plan)
     return sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype in buffers)

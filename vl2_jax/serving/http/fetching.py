@@ -14,7 +14,7 @@ import asyncio
 import ipaddress
 import re
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +23,7 @@ import httpcore
 
 from vl2_jax.errors import ImageError, RequestError, shown
 from vl2_jax.processing.sources import format_of
+from vl2_jax.serving.http.conversations import Sent
 from vl2_jax.serving.http.problems import Problem
 
 MOST_BYTES = 20 << 20
@@ -125,6 +126,13 @@ class Fetcher:
 
     def __post_init__(self) -> None:
         self._room = asyncio.Semaphore(_AT_ONCE)
+
+    async def files(self, pictures: Sequence[Sent]) -> list[bytes]:
+        """The files of a conversation's pictures, those at addresses fetched at once; raises as `fetch`."""
+        return await asyncio.gather(*map(self._file, pictures))
+
+    async def _file(self, picture: Sent) -> bytes:
+        return await self.fetch(picture.address) if picture.address else picture.data
 
     async def fetch(self, text: str) -> bytes:
         """The picture at an address.

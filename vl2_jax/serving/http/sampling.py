@@ -15,6 +15,7 @@ _WITHOUT_WORDS = {  # what a request that says nothing asks for
     "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "min_p": 0.0,
     "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0, "ignore_eos": False,
 }  # fmt: skip
+_ANY_LENGTH = 1 << 31  # tokens, more than any context: how many there may be is known with the request
 _ALSO = ("stop", "stop_token_ids", "logit_bias", "seed")
 
 
@@ -50,7 +51,7 @@ class Defaults:
                 f"--override-generation-config has {shown(min(unknown))}, which is no option; there are {known}."
             )
         options = {**_WITHOUT_WORDS, **given}
-        SamplingOptions.of({**options, "max_tokens": 1 if longest is None else longest})
+        SamplingOptions.of({**options, "max_tokens": _ANY_LENGTH if longest is None else longest})
         return cls(options, longest)
 
 

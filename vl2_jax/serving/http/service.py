@@ -17,6 +17,7 @@ from vl2_jax.errors import ContextLengthError, OverloadedError, RequestError, sh
 from vl2_jax.inference.generate import room_for
 from vl2_jax.processing.batch import TEXT, Encoded, Processor
 from vl2_jax.processing.messages import ESCAPED_TAG, IMAGE_TAG
+from vl2_jax.serving.http import MOST_BODY_BYTES
 from vl2_jax.serving.http.bodies import Body, ChatBody, CompletionBody
 from vl2_jax.serving.http.conversations import read_conversation
 from vl2_jax.serving.http.decoding import Decoders, PictureLimits
@@ -57,7 +58,7 @@ class Settings:
     defaults: Defaults = OPENAI
     honor_detail: bool = False
     hosts: frozenset[str] | None = None
-    most_body: int = 32 << 20
+    most_body: int = MOST_BODY_BYTES
     send_seconds: float = 30.0
 
 
@@ -195,14 +196,10 @@ class Service:
         self._check_length(sum(len(message["content"]) for message in asked.messages))
         if not asked.pictures:
             return [await self._in_thread(processor.encode, asked.messages)]
-        fetching = [self._file(sent.data, sent.address) for sent in asked.pictures]
-        files = await asyncio.gather(*fetching)
+        files = await self.fetcher.files(asked.pictures)
         assert self.decoders is not None
         low = [sent.is_low for sent in asked.pictures]
         return [await self.decoders.encode(asked.messages, files, low)]
-
-    async def _file(self, data: bytes, address: str) -> bytes:
-        return await self.fetcher.fetch(address) if address else data
 
     async def _texts_of(self, prompts: Sequence[str | list[int]]) -> list[Encoded]:
         _, processor = self.ready()

@@ -22,7 +22,7 @@ from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_processo
 from vl2_jax.errors import RequestError, VL2Error
 from vl2_jax.files import is_file_on, is_remote
 from vl2_jax.installation import install_line
-from vl2_jax.processing.tiling import visual_token_count
+from vl2_jax.processing.tiling import largest_raster, visual_token_count
 from vl2_jax.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from vl2_jax.serving.vllm.settings import MODE
 
@@ -45,7 +45,8 @@ def check_versions(version_of: Callable[[str], str] = metadata.version) -> None:
     """Raises VL2Error where vLLM is not here, or is not the one that this plug-in is for."""
     remedy = f"in an environment of its own: {install_line('vllm')}"
     if sys.version_info[:2] < _OLDEST_PYTHON:
-        raise VL2Error(f"vLLM needs Python 3.12 and this is {sys.version_info[0]}.{sys.version_info[1]}; {remedy}")
+        needed, found = (".".join(map(str, version[:2])) for version in (_OLDEST_PYTHON, sys.version_info))
+        raise VL2Error(f"vLLM needs Python {needed} and this is {found}; {remedy}")
     for name, wanted in VERSIONS.items():
         try:
             found = version_of(name)
@@ -71,7 +72,7 @@ def command(
     Args:
       directory: of the model; what vLLM reads of a bucket is copied.
       devices: over which sequences and experts are spread.
-      context: positions of a prompt and its answer; `None` is the model's.
+      context: positions of a prompt and its answer, at most the model's; `None` is as many.
       plugin: `settings.Settings` beside the model.
       flags: further ones, as vLLM takes them.
       environment: of this process.
@@ -83,10 +84,7 @@ def command(
     if heads % devices:
         raise RequestError(f"vLLM takes numbers of devices that divide the {heads} heads of this model, not {devices}.")
     processor = read_processor_config(directory)
-    size = processor.tile_size
-    rasters = [(width // size, height // size) for width, height in processor.candidate_resolutions]
-    largest = max(visual_token_count(raster, processor.token_grid) for raster in rasters)
-    most = config.language_config.max_position_embeddings
+    largest = visual_token_count(largest_raster(processor.rasters, processor.token_grid), processor.token_grid)
     strategy: dict[str, Any] = {"enable_dp_attention": True, "attn_dp_size": devices}
     told = {"sharding": {"sharding_strategy": strategy}, MODE: {"model": str(directory), **plugin}}
     arguments = [
@@ -94,7 +92,7 @@ def command(
         "--tokenizer-mode", MODE,
         "--generation-config", "vllm",
         "--dtype", dtype or _stored(config),
-        "--max-model-len", str(min(context or most, most)),
+        "--max-model-len", str(context or config.language_config.max_position_embeddings),
         "--block-size", str(_PAGE),
         "--max-num-batched-tokens", str(1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length()),
         "--disable-chunked-mm-input",
@@ -114,16 +112,23 @@ def _stored(config: VL2Config) -> str:
 
 
 def _head_of(directory: Path) -> Path:
-    """A folder on this machine with the small files of a model, which may lie on a bucket."""
+    """A folder on this machine with the small files of a model, which may lie on a bucket.
+
+    Raises:
+      RequestError: the bucket cannot be read, or the folder not be written.
+    """
     if not is_remote(directory):
         return directory
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
     folder = Path.home() / ".cache" / "vl2-jax" / "vllm" / name
     try:
+        files = {file: (directory / file).read_bytes() for file in _HEAD if is_file_on(directory / file)}
+    except OSError as error:
+        raise RequestError(f"{directory} cannot be read ({error.strerror or error}); try again.") from None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in _HEAD:
-            if is_file_on(directory / file):
-                (folder / file).write_bytes((directory / file).read_bytes())
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
     except OSError as error:
         raise RequestError(f"{folder} cannot be written ({error.strerror or error}); it is for vLLM to read.") from None
     return folder

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from vl2_jax.errors import RequestError
 from vl2_jax.inference.prefill import encode_tiles, matmul_precision
 from vl2_jax.model.vl2 import Params, VL2Model, apply
 from vl2_jax.processing.tiling import tiles_of, visual_rows
@@ -53,10 +54,8 @@ class DeepseekVL2(nnx.Module):
 
         del rng_key
         vl2 = load(**asdict(self.settings), dtype=self.dtype.name, mesh=own_mesh(self.mesh))
-        processor = vl2.processor
         self.model = vl2.model
-        self.token_grid, self.global_view_first = processor.config.token_grid, processor.global_view_first
-        self.candidates = processor.config.candidate_resolutions
+        self.config, self.global_view_first = vl2.processor.config, vl2.processor.global_view_first
         leaves, self.tree = jax.tree.flatten(vl2.params)
         self.leaves = nnx.List([nnx.Param(leaf) for leaf in leaves])
 
@@ -123,16 +122,15 @@ class DeepseekVL2(nnx.Module):
         with self.model.layout.on_devices():
             table = encode_tiles(self.model, params, np.asarray(tiles))
             for across, down in np.asarray(crops).tolist():
-                rows = visual_rows((across, down), first, self.token_grid, self.global_view_first)
+                rows = visual_rows((across, down), first, self.config.token_grid, self.global_view_first)
                 pictures.append(_rows(self.model, params, rows, table))
                 first += tiles_of(across, down)
         return tuple(pictures)
 
     def precompile_vision_encoder(self, run: Callable[..., Any]) -> None:
         """Compiles what looks at pictures of every raster."""
-        size = self.candidates[0][0]
-        rasters = sorted({(width // size, height // size) for width, height in self.candidates})
-        for across, down in rasters:
+        size = self.config.tile_size
+        for across, down in sorted(set(self.config.rasters)):
             tiles = np.zeros((tiles_of(across, down), size, size, 3), np.uint8)
             run(f"pictures of {across} x {down} tiles", self.embed_multimodal, tiles, [(across, down)])
 
@@ -165,8 +163,10 @@ def decode(
 def in_own_names(model: VL2Model, params: Params, *arguments: Any, **named: Any) -> Any:
     """A method of the model in a program of vLLM's, whose mesh is called by our names meanwhile."""
     layout = model.layout
-    names = jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh) if isinstance(layout, MeshLayout) else None
-    with matmul_precision(model.dtype), names or nullcontext():
+    names = (
+        jax.sharding.use_abstract_mesh(layout.mesh.abstract_mesh) if isinstance(layout, MeshLayout) else nullcontext()
+    )
+    with matmul_precision(model.dtype), names:
         return apply(model, params, *arguments, **named)
 
 
@@ -174,11 +174,17 @@ def own_mesh(mesh: Mesh) -> Mesh | None:
     """The devices of vLLM's mesh under our names; `None` for one device.
 
     Sequences, and with them the cache, are spread over `attn_dp`, our `expert`, which experts are spread over too.
+
+    Raises:
+      RequestError: heads are spread over devices, or could be.
     """
-    if mesh.size == 1:
-        return None
-    data, spread = mesh.shape["data"], mesh.shape["attn_dp"] * mesh.shape["attn_dp_expert"]
-    return Mesh(mesh.devices.reshape(data, 1, spread, -1), AXES)
+    data, spread = mesh.shape["data"], mesh.shape.get("attn_dp", 0) * mesh.shape.get("attn_dp_expert", 0)
+    if data * spread != mesh.size:
+        raise RequestError(
+            f"attention is not by data on all of vLLM's {mesh.size} device(s); set NEW_MODEL_DESIGN=1, and "
+            "attn_dp_size of the sharding_strategy to --tensor-parallel-size."
+        )
+    return None if mesh.size == 1 else Mesh(mesh.devices.reshape(data, 1, spread, 1), AXES)
 
 
 @partial(jax.jit, static_argnums=0)

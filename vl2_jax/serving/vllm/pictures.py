@@ -14,7 +14,7 @@ from PIL import Image
 
 from vl2_jax.processing.batch import MAX_TILED_IMAGES, Processor
 from vl2_jax.processing.images import load_image
-from vl2_jax.processing.tiling import visual_token_count
+from vl2_jax.processing.tiling import largest_raster, visual_token_count
 from vl2_jax.serving.vllm.theirs import (
     BaseDummyInputsBuilder,
     BaseMultiModalProcessor,
@@ -39,15 +39,17 @@ class PictureInfo(BaseProcessingInfo):
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": max(self._tokens_of(size) for size in self.processor.config.candidate_resolutions)}
+        return {"image": visual_token_count(self._largest_raster, self.processor.config.token_grid)}
 
     def largest(self) -> tuple[int, int]:
         """Width and height of the pictures that take the most positions."""
-        return max(self.processor.config.candidate_resolutions, key=self._tokens_of)
+        across, down = self._largest_raster
+        return across * self.processor.config.tile_size, down * self.processor.config.tile_size
 
-    def _tokens_of(self, size: tuple[int, int]) -> int:
+    @cached_property
+    def _largest_raster(self) -> tuple[int, int]:
         config = self.processor.config
-        return visual_token_count((size[0] // config.tile_size, size[1] // config.tile_size), config.token_grid)
+        return largest_raster(config.rasters, config.token_grid)
 
 
 class LargestPictures(BaseDummyInputsBuilder):

@@ -1,7 +1,8 @@
 """Messages of OpenAI's API to prompts exactly as released, in vLLM's front end.
 
 The rules are those of our own server: `<image>` and control tokens that a user typed stay text, pictures are read by
-its decoder within its limits, and addresses are fetched from the hosts of `--allowed-media-domains` alone.
+its decoder within its limits of pixels and shape, and addresses are fetched from the hosts of
+`--allowed-media-domains` alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from vl2_jax.errors import RequestError
@@ -31,12 +33,13 @@ class VL2Renderer(BaseRenderer):
     def render_messages(self, messages: Sequence[Any], params: Any) -> tuple[list[Any], dict[str, Any]]:
         asked = self._asked(messages, params)
         with ThreadPoolExecutor(1) as own_loop:
-            files = own_loop.submit(asyncio.run, self._files(asked)).result()
+            fetcher = replace(self._fetcher)  # one is of one event loop
+            files = own_loop.submit(asyncio.run, _files(asked, fetcher)).result()
         return self._rendered(asked, files)
 
     async def render_messages_async(self, messages: Sequence[Any], params: Any) -> tuple[list[Any], dict[str, Any]]:
         asked = self._asked(messages, params)
-        files = await self._files(asked)
+        files = await _files(asked, self._fetcher)
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._rendered, asked, files)
 
     def _asked(self, messages: Sequence[Any], params: Any) -> Asked:
@@ -48,12 +51,6 @@ class VL2Renderer(BaseRenderer):
         except Problem as problem:  # which vLLM does not know: of a ValueError it makes status 400
             raise RequestError(problem.message) from None
 
-    async def _files(self, asked: Asked) -> list[bytes]:
-        try:
-            return [sent.data or await self._fetcher.fetch(sent.address) for sent in asked.pictures]
-        except Problem as problem:
-            raise RequestError(problem.message) from None
-
     def _rendered(self, asked: Asked, files: Sequence[bytes]) -> tuple[list[Any], dict[str, Any]]:
         pictures = load_pictures(_LIMITS, files)
         filled = [
@@ -63,3 +60,10 @@ class VL2Renderer(BaseRenderer):
         if pictures:
             prompt["multi_modal_data"] = {"image": pictures}
         return asked.messages, prompt
+
+
+async def _files(asked: Asked, fetcher: Fetcher) -> list[bytes]:
+    try:
+        return await fetcher.files(asked.pictures)
+    except Problem as problem:
+        raise RequestError(problem.message) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,21 +29,24 @@ class Settings:
 
     @classmethod
     def of(cls, vllm_config: Any) -> Settings:
-        """Those of one engine, after everything that would damage answers silently was looked for.
+        """Those of one engine, after what would damage answers silently was looked for; how vLLM's mesh is cut is
+        looked at where the weights go onto it (`model.own_mesh`).
 
         Raises:
-          RequestError: it was.
+          RequestError: it was found.
         """
-        given = (vllm_config.additional_config or {}).get(MODE, {})
+        more = vllm_config.additional_config or {}
+        given = more.get(MODE, {})
         if unknown := sorted(given.keys() - cls.__dataclass_fields__.keys()):
             known = ", ".join(cls.__dataclass_fields__)
             raise RequestError(f"additional_config {MODE!r} has {shown(unknown)}; known are {known}.")
-        _check(vllm_config)
+        _check(vllm_config, more.get("sharding", {}).get("sharding_strategy", {}))
         return cls(**{"model": vllm_config.model_config.model, **given})
 
 
-def _check(vllm_config: Any) -> None:
+def _check(vllm_config: Any, strategy: Mapping[str, Any]) -> None:
     mode, page = vllm_config.model_config.tokenizer_mode, vllm_config.cache_config.block_size
+    scheduler = vllm_config.scheduler_config
     if mode != MODE:
         raise RequestError(
             f"the tokenizer mode {shown(mode)} does not make the released prompts; set --tokenizer-mode {MODE}."
@@ -51,5 +55,12 @@ def _check(vllm_config: Any) -> None:
         raise RequestError(
             f"pages of {page} positions mix up sequences; set --block-size to a multiple of {PAGE_UNIT}."
         )
-    if not vllm_config.scheduler_config.disable_chunked_mm_input:
+    if not scheduler.disable_chunked_mm_input:
         raise RequestError("pictures must not be cut into chunks of a prompt; set --disable-chunked-mm-input.")
+    if scheduler.async_scheduling:
+        raise RequestError("some answers were wrong with asynchronous scheduling; set --no-async-scheduling.")
+    if not strategy.get("enable_dp_attention"):
+        raise RequestError(
+            "attention is not by data, and latents have no heads to spread; set enable_dp_attention in the "
+            "sharding_strategy of --additional-config."
+        )
