@@ -1,5 +1,5 @@
 """Fixtures of the server's tests that those of the page share."""
 
-from ..serving.conftest import processor
+from ..serving.conftest import make_server, processor
 
-__all__ = ["processor"]
+__all__ = ["make_server", "processor"]

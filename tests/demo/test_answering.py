@@ -3,20 +3,22 @@
 import asyncio
 import io
 import threading
+from collections import Counter
+from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vl2_jax.processing.grounding import draw_boxes, parse_boxes
-from vl2_jax.scenes import SceneSizes
-from vl2_jax.scenes.drawing import sample_scene
 from vl2_jax.serving.http.decoding import PictureLimits
 from vl2_jax.serving.http.service import Service, Settings
 from vl2_jax.serving.page.answering import answer
 from vl2_jax.serving.page.examples import EXAMPLES
 from vl2_jax.serving.page.gallery import Gallery
 from vl2_jax.serving.page.talk import Talk
+from vl2_jax.serving.requests import Stage
 
 from ..serving.conftest import wait_until
 from ..serving.pictures import png
@@ -35,13 +37,13 @@ def service(processor):
 
 @pytest.fixture
 def engine(service):
+    service.engine.stage = Stage("ready")
     service.engine.seconds, service.engine.script = 0.0, lambda request: "It is a red square."
     return service.engine
 
 
 @pytest.fixture
 def gallery(tmp_path):
-    (tmp_path / "shown").mkdir()
     return Gallery(tmp_path / "shown")
 
 
@@ -59,14 +61,24 @@ def picture(tmp_path):
 
 def ask(service, gallery, talk, question, files=(), on_update=lambda turn: None, **wishes):
     """The turn, after its last update."""
+    talk.ask(question, files)
+    return answered(service, gallery, talk, on_update, wishes)
+
+
+def answered(service, gallery, talk, on_update=lambda turn: None, wishes=MappingProxyType({})):
+    turn = talk.turns[-1]
 
     async def run():
-        talk.ask(question, files)
         async for _ in answer(service, gallery, talk, wishes):
-            on_update(talk.turns[-1])
+            on_update(turn)
 
     asyncio.run(run())
-    return talk.turns[-1]
+    return turn
+
+
+def kept(gallery):
+    """How many files there are of each name."""
+    return Counter(path.name for path in gallery.folder.rglob("*.png"))
 
 
 def test_an_answer_grows_and_ends(service, engine, gallery):
@@ -102,6 +114,53 @@ def test_boxes_belong_to_the_picture_that_is_asked_for(service, engine, gallery,
     assert Image.open(first.saved).size == (300, 200)
     none = ask(service, gallery, Talk(), "Where?", files, boxes_on=3)
     assert none.problem == "boxes_on is 3; the messages hold 2 picture(s), counted from 1."
+
+
+def test_files_that_nothing_shows_any_more_are_removed(service, engine, gallery, picture):
+    engine.script = lambda request: GROUNDED
+    talk = Talk()
+    ask(service, gallery, talk, "Where?", [picture()])
+    assert kept(gallery) == {"picture.png": 3, "boxes.png": 1}  # whole, global view, tiles; with boxes
+    talk.ask_again(0)
+    again = answered(service, gallery, talk)
+    assert kept(gallery) == {"picture.png": 3, "boxes.png": 1}
+    assert again.saved.exists()
+    # Of three pictures none is cut into tiles any more, that of the first question neither.
+    ask(service, gallery, talk, "And these?", [picture("b.png"), picture("c.png")])
+    assert kept(gallery) == {"picture.png": 6, "boxes.png": 2}
+    talk.ask_again(0, "Which?")
+    again = answered(service, gallery, talk)
+    assert kept(gallery) == {"picture.png": 3, "boxes.png": 1}
+    assert all(file.exists() for file in (again.saved, *vars(talk.pictures[0]).values()) if isinstance(file, Path))
+
+
+def test_a_conversation_takes_no_files_of_another_along(service, engine, gallery, picture):
+    one, other = Talk(), Talk()
+    for talk in (one, other):
+        ask(service, gallery, talk, "What?", [picture()])
+    example = gallery.keep(Image.new("RGB", (9, 9)))
+    gallery.forget(one.salt)
+    gallery.forget(Talk().salt)  # of which there is nothing
+    assert [p.preview.exists() for p in (*one.pictures, *other.pictures)] == [False, True]
+    assert example.exists()
+
+
+@pytest.mark.parametrize("phase", ["compiling its programs", "looking at the pictures", "thinking"])
+def test_an_answer_of_a_cleared_conversation_touches_nothing_of_the_next(service, engine, gallery, picture, phase):
+    engine.stage, talk, before = Stage("compiling"), Talk(), len(engine.requests)
+
+    def clear(turn):
+        engine.stage = Stage("ready")
+        if turn.phase == phase:
+            talk.clear()
+            talk.ask("Another?", [picture("b.png")])
+
+    turn = ask(service, gallery, talk, "Where?", [picture()], clear)
+    (other,) = talk.turns
+    assert (turn.ending, turn.problem, other.phase, other.is_over) == ("stopped", "", "", False)
+    assert other.pictures[0].preview is None
+    assert not kept(gallery)
+    assert len(engine.requests) == before
 
 
 def test_tiles_are_those_that_the_model_gets(service, engine, gallery, picture):
@@ -200,8 +259,7 @@ def test_a_question_waits_for_a_model_that_is_compiling(processor, gallery):
 def test_examples_show_what_they_ask_about():
     assert len({example.skill for example in EXAMPLES}) == len(EXAMPLES) == 8
     for example in EXAMPLES:
-        for number, image in zip(example.scenes, example.pictures(), strict=True):
-            scene = sample_scene(np.random.default_rng((3_000_000, number)), 3, SceneSizes().longest_side, 1)
+        for scene, image in zip(example.drawn(), example.pictures(), strict=True):
             assert image.size == (scene.width, scene.height)
             assert scene.words
             assert scene.shapes

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from vl2_jax.errors import ConversationError, ImageError
+from vl2_jax.errors import ConversationError, ImageError, RequestError
 from vl2_jax.serving.http.bodies import ChatBody, checked
 from vl2_jax.serving.page import talk as talks
 from vl2_jax.serving.page.talk import Talk
@@ -87,6 +87,18 @@ def test_a_file_that_is_too_large_is_not_read(file, monkeypatch):
     monkeypatch.setattr(talks, "MOST_BYTES", 10)
     with pytest.raises(ImageError, match=r"'scene.png' has \d+ bytes, more than the limit of 10; scale it down"):
         Talk().ask("What is it?", [file])
+
+
+def test_too_many_files_are_not_read(tmp_path):
+    with pytest.raises(RequestError, match="17 pictures are too many for a question; send at most 16"):
+        Talk().ask("What are they?", [tmp_path / "nothing.png"] * 17)
+
+
+def test_a_file_that_was_removed_meanwhile_is_told(tmp_path):
+    talk = Talk()
+    with pytest.raises(ImageError, match=r"'scene.png' was sent so long ago that it was removed; send it again"):
+        talk.ask("What is it?", [tmp_path / "scene.png"])
+    assert not talk.turns
 
 
 def test_conversations_share_no_computed_prompts():

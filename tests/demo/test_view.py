@@ -1,5 +1,7 @@
 """What the page shows is safe whatever a model, a user or a file says, and is what was said."""
 
+import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -54,6 +56,12 @@ def picture(name="scene.png", size=(200, 100)) -> Picture:
     return Picture(name, "data:,", size, (2, 1), 61, *files)
 
 
+def colours(shown: str) -> list[str]:
+    """The colour and the label of each mention."""
+    found = re.findall(r'<span class="mention (c\d+)">(.*?)</span>', shown, re.DOTALL)
+    return [f"{colour} {unescape(label)}" for colour, label in found]
+
+
 def turn(answer: str, **more) -> Turn:
     boxes = parse_boxes(answer, 200, 100, picture=0)
     return Turn("?", [picture()], answer, boxes=boxes, boxes_on=0, **{"ending": "stop"} | more)
@@ -99,6 +107,35 @@ def test_mentions_have_the_colours_of_their_boxes():
     classes = [attributes["class"] for _, attributes in found.elements if "class" in attributes]
     assert [name for name in classes if name.startswith("mention")] == ["mention c0", "mention c2"]
     assert sorted(name.split()[1] for name in classes if name.startswith("box ")) == ["c0", "c1", "c2"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "mentions"),
+    [
+        ("<|det|>[[0, 0, 9, 9]]<|/det|>Here <|ref|>a<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>", "Here a", ["c1 a"]),
+        ("<|ref|>a<|/ref|> and <|ref|>b<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>.", "a and b.", ["c0 b"]),
+        (
+            "<|ref|>a<|/ref|> and <|det|>[[1, 2, 3, 4]]<|/det|>, <|ref|>b<|/ref|><|det|>[[5, 6, 7, 8]]<|/det|>",
+            "a and , b",
+            ["c0 a", "c1 b"],
+        ),
+        ("<|ref|>a<|/ref|>, <|ref|>a<|/ref|><|det|>[[9, 9, 1, 1]]<|/det|><|det|>[[1, 2, 3, 4]]", "a, a", ["c0 a"]),
+        ("<|ref|>a < b<|/ref|><|det|>[[1, 2, 3, 4]]<|/det|>", "a < b", ["c0 a < b"]),
+    ],
+)
+def test_text_is_shown_whole_and_coloured_where_boxes_are(answer, text, mentions):
+    shown = view.text_html(answer)
+    assert Reader(shown).text == text
+    assert colours(shown) == mentions
+
+
+@given(PIECES)
+def test_a_mention_has_the_colour_of_the_first_box_of_its_label(pieces):
+    answer = "".join(pieces)
+    boxes = parse_boxes(answer, 999, 999)
+    for mention in colours(view.text_html(answer)):
+        colour, _, label = mention.partition(" ")
+        assert boxes[int(colour[1:])].label == label.strip()  # fewer boxes than colours
 
 
 def test_boxes_stand_where_they_are_on_a_picture_of_any_size_and_never_beside_it():

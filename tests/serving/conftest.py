@@ -48,19 +48,20 @@ class Running:
 
 @pytest.fixture(scope="session")
 def make_server(processor):
-    """`make_server(script, **settings)` serves until the block ends."""
+    """`make_server(script, **settings)` serves until the block ends; `app(service)` is what, by default the API."""
 
     @contextlib.contextmanager
-    def make(script=None, *, seconds=0.0, limits=None, fetcher=None, engine=None, **settings):
+    def make(script=None, *, seconds=0.0, limits=None, fetcher=None, engine=None, app=None, is_ready=True, **settings):
         settings = Settings(names=(NAME,), **({"limits": limits} if limits else {}), **settings)
         service = Service(settings)
         engine = engine or ScriptedEngine(processor, seconds=seconds, limits=settings.limits)
         if script is not None:
             engine.script = script
-        service.begin(engine, processor)
+        if is_ready:
+            service.begin(engine, processor)
         if fetcher is not None:
             service.fetcher = fetcher
-        running = Running(service, engine)
+        running = Running(service, engine, app and app(service))
         try:
             yield running
         finally:

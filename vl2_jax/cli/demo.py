@@ -19,7 +19,6 @@ from vl2_jax.installation import install_line
 from vl2_jax.progress import Display
 from vl2_jax.sharding.devices import Devices
 
-_HOST = "127.0.0.1"  # without a flag for another: from elsewhere, ssh -L 7860:127.0.0.1:7860 HOST
 _DRAIN_SECONDS = 5.0  # that an answer has to end after Ctrl-C
 _LIMITS = LimitFlags()
 # Read by Gradio where it is imported: it asks nobody for its newest version and counts nothing.
@@ -53,20 +52,20 @@ def demo(
         tempfile.TemporaryDirectory(prefix="vl2-demo-", ignore_cleanup_errors=True) as folder,
         Display(messages) as display,
     ):
-        shown = Path(folder, "shown")
-        shown.mkdir()
         os.environ.update(_GRADIO, GRADIO_TEMP_DIR=str(Path(folder, "sent")))  # and so what was sent goes with the page
         try:
             from vl2_jax.serving.http import server
+            from vl2_jax.serving.http.door import LOOPBACK
             from vl2_jax.serving.http.service import Service, Settings
             from vl2_jax.serving.page.app import make_app
             from vl2_jax.serving.page.gallery import Gallery
         except ModuleNotFoundError as error:
             raise VL2Error(f"the page needs {error.name!r}: {install_line('demo')}") from None
-        listener = server.bind(_HOST, port)
+        # Without a flag for another host: from elsewhere, ssh -L 7860:127.0.0.1:7860 HOST.
+        listener = server.bind(LOOPBACK, port)
         log_to_standard_error()
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that tabs are open at the end is no error
-        address = f"http://{_HOST}:{listener.getsockname()[1]}"
+        address = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
         tell(f"open {address} in a browser; {model.model} is loading")
 
         def when_ready() -> None:
@@ -74,5 +73,5 @@ def demo(
             tell(f"{model.model} is ready at {address}; Ctrl-C ends")
 
         service = Service(Settings(names=(model.model,), limits=limits))
-        app = make_app(service, Gallery(shown))
+        app = make_app(service, Gallery(Path(folder, "shown")))
         server.run(service, listener, loading(model.model, options, limits), _DRAIN_SECONDS, display, when_ready, app)

@@ -244,7 +244,7 @@ def room_for(prompt: Encoded, context: int) -> int:
     """
     if len(prompt) > context:
         raise ContextLengthError(
-            f"the prompt has {len(prompt)} tokens ({(prompt.visual_index >= 0).sum()} of them for pictures), the "
+            f"the prompt has {len(prompt)} tokens ({prompt.picture_tokens} of them for pictures), the "
             f"context holds {context}; shorten the text, or send fewer or smaller pictures."
         )
     return context - len(prompt) + 1

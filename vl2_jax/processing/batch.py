@@ -59,6 +59,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def picture_tokens(self) -> int:
+        """Positions that show a picture."""
+        return int((self.visual_index != TEXT).sum())
+
     def fingerprints(self) -> np.ndarray:
         """uint64 `[T]`: equal for two positions exactly if they feed the same thing to the model."""
         tile_hashes = np.array(

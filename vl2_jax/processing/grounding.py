@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -67,17 +68,48 @@ def parse_boxes(text: str, width: int, height: int, *, as_released: bool = False
         there are not as many of one as of the other, and neither may contain a line break.
       picture: the number of the picture that the boxes are in.
     """
-    pairs = _released_pairs(text) if as_released else _pairs(text)
-    boxes = []
-    for label, box_list in pairs:
-        for match in _BOX.finditer(box_list):
-            x1, y1, x2, y2 = (float(number) / LARGEST for number in match.groups())
-            raw = tuple(float(number) if "." in number else int(number) for number in match.groups())
-            corners = int(x1 * width), int(y1 * height), int(x2 * width), int(y2 * height)
-            box = Box(label, *corners, raw, picture)
-            if box.x1 <= box.x2 and box.y1 <= box.y2:
-                boxes.append(box)
-    return boxes
+    if not as_released:
+        return [box for part in read_parts(text, width, height, picture) for box in part.boxes]
+    pairs = _released_pairs(text)
+    return [box for label, box_list in pairs for box in _boxes(label, box_list, width, height, picture)]
+
+
+class Part(NamedTuple):
+    """A piece of an answer.
+
+    Attributes:
+      kind: "ref" of a label, "det" of a list of boxes, empty of what stands between them.
+      content: what was written, without the tags of labels and lists.
+      boxes: of a label, those that it points at; of a list, those that no label has.
+    """
+
+    kind: str
+    content: str
+    boxes: list[Box]
+
+
+def read_parts(text: str, width: int, height: int, picture: int = 0) -> list[Part]:
+    """The whole of an answer, piece by piece, with the boxes of `parse_boxes` where they belong, in their order.
+
+    Labels before lists are paired with them in their order. If there are fewer lists, the last labels have them: in
+    `a, b [[...]]` the box is that of b. If there are more, the last label has the rest.
+    """
+    parts = [Part(kind, content, []) for kind, content in _parts(text)]
+    labels: list[Part] = []
+    lists: list[Part] = []
+    for part in [*parts, Part("ref", "", [])]:
+        if part.kind == "det" and "[" in part.content:
+            lists.append(part)
+        elif part.kind == "ref":
+            owners = labels[-len(lists) :] if lists else []
+            for number, found in enumerate(lists):
+                owner = owners[min(number, len(owners) - 1)] if owners else found
+                label = owner.content.strip() if owners else ""
+                owner.boxes.extend(_boxes(label, found.content, width, height, picture))
+            if lists:
+                labels, lists = [], []
+            labels.append(part)
+    return parts
 
 
 def write_boxes(boxes: Sequence[Sequence[float]], width: float, height: float) -> str:
@@ -118,27 +150,18 @@ def draw_boxes(image: Picture, boxes: Sequence[Box]) -> Image.Image:
     return drawn
 
 
-def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    """Labels and the lists that belong to them.
-
-    Labels before lists are paired with them in their order. If there are fewer lists, the last labels have them: in
-    `a, b [[...]]` the box is that of b. If there are more, the last label has the rest.
-    """
-    labels: list[str] = []
-    lists: list[str] = []
-    for kind, content in [*_parts(text), ("ref", "")]:
-        if kind == "det":
-            lists += [content] if "[" in content else []
-            continue
-        if lists:
-            labels = labels[-len(lists) :] or [""]
-            yield from ((labels[min(n, len(labels) - 1)].strip(), box_list) for n, box_list in enumerate(lists))
-            labels, lists = [], []
-        labels.append(content)
+def _boxes(label: str, box_list: str, width: int, height: int, picture: int) -> Iterator[Box]:
+    for match in _BOX.finditer(box_list):
+        x1, y1, x2, y2 = (float(number) / LARGEST for number in match.groups())
+        raw = tuple(float(number) if "." in number else int(number) for number in match.groups())
+        corners = int(x1 * width), int(y1 * height), int(x2 * width), int(y2 * height)
+        box = Box(label, *corners, raw, picture)
+        if box.x1 <= box.x2 and box.y1 <= box.y2:
+            yield box
 
 
 def _parts(text: str) -> Iterator[tuple[str, str]]:
-    """("ref" or "det", what stands in it) one after another, without the tags inside of it.
+    """("ref", "det" or "", what stands in it or between them) one after another, without the tags of these two kinds.
 
     What is open ends at a closing tag, at a tag of the other kind and at the end of the text. A closing tag that
     nothing opened tells that the text began inside of it.
@@ -151,14 +174,10 @@ def _parts(text: str) -> Iterator[tuple[str, str]]:
             kind = of
         pieces.append(text[begin : tag.start()])
         begin = tag.end()
-        if kind and (closes or of != kind):
+        if not kind or closes or of != kind:
             yield kind, "".join(pieces)
-            kind = ""
-        if not kind:
-            pieces = []
-            kind = "" if closes else of
-    if kind:
-        yield kind, "".join([*pieces, text[begin:]])
+            pieces, kind = [], "" if closes else of
+    yield kind, "".join([*pieces, text[begin:]])
 
 
 def _released_pairs(text: str) -> Iterator[tuple[str, str]]:

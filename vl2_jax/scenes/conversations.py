@@ -72,6 +72,10 @@ class SceneSizes:
         if unknown:
             raise ConfigError(f"skills of scenes has {unknown[0]!r}; choose from {', '.join(SKILLS)}.")
 
+    def draw(self, random: np.random.Generator) -> Scene:
+        """A scene that holds no more than this."""
+        return sample_scene(random, self.most_shapes, self.longest_side, self.most_words)
+
 
 @dataclass(frozen=True)
 class SceneSource:
@@ -103,9 +107,7 @@ def scene_conversation(seed: int | Sequence[int], sizes: SceneSizes = SceneSizes
     random = np.random.default_rng(seed)
     for _ in range(_ATTEMPTS):
         pictures = 2 if random.random() < sizes.two_pictures else 1
-        scenes = [
-            sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words) for _ in range(pictures)
-        ]
+        scenes = [sizes.draw(random) for _ in range(pictures)]
         asked = two_picture_turns(random, scenes[0], scenes[1]) if pictures == 2 else turns_about(random, scenes[0])
         asked = [turn for turn in asked if turn.skill in (sizes.skills or SKILLS)]
         if asked:

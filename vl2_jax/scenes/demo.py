@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from vl2_jax.scenes.conversations import SceneSizes
-from vl2_jax.scenes.drawing import Scene, sample_scene
+from vl2_jax.scenes.drawing import Scene
 
 
 def demo_scene() -> Scene:
     """Of the scenes that are drawn from this seed one that vl2-nano describes rightly."""
-    sizes = SceneSizes()
-    random = np.random.default_rng((2_000_000, 114))
-    return sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words)
+    return SceneSizes().draw(np.random.default_rng((2_000_000, 114)))

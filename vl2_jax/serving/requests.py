@@ -95,6 +95,11 @@ class Stage:
     phase: str = ""  # what is being loaded or compiled
     share: float = 0.0  # of it, from 0 to 1
 
+    @property
+    def is_coming(self) -> bool:
+        """Whether it is not ready yet, and will be."""
+        return self.name in ("loading", "compiling")
+
 
 @dataclass(frozen=True)
 class Load:

@@ -2,19 +2,16 @@
 
 import contextlib
 import shutil
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from vl2_jax.serving.http.decoding import PictureLimits
-from vl2_jax.serving.http.service import Service, Settings
 from vl2_jax.serving.page.gallery import Gallery
 
-from ...serving.conftest import Running, processor
+from ...serving.conftest import Running
 from ...serving.pictures import png
-from ...serving.scripted import ScriptedEngine
-
-__all__ = ["processor"]  # a fixture
 
 _CHROMIUM = [
     "--no-sandbox",  # the tests may run as root, and open nothing but the page
@@ -26,8 +23,9 @@ expect.set_options(timeout=60_000)  # a busy machine too
 class Site:
     """A running page, as a user of the browser sees it."""
 
-    def __init__(self, running: Running):
+    def __init__(self, running: Running, folder: Path):
         self.running, self.engine, self.address = running, running.engine, running.address
+        self.folder = folder  # of pictures that are shown
 
     def open(self, browser: Browser, width=1280, height=860, **options) -> "Tab":
         page = browser.new_page(viewport={"width": width, "height": height}, **options)
@@ -87,7 +85,7 @@ def browser():
 
 
 @pytest.fixture(scope="session")
-def serve_page(processor, tmp_path_factory):
+def serve_page(make_server, tmp_path_factory):
     """`serve_page()` is a page whose model is ready, `serve_page(is_ready=False)` one that waits for `begin`."""
 
     @contextlib.contextmanager
@@ -98,16 +96,10 @@ def serve_page(processor, tmp_path_factory):
             patch.setenv("GRADIO_TEMP_DIR", str(folder / "sent"))
             from vl2_jax.serving.page.app import make_app
 
-        (folder / "shown").mkdir()
-        service = Service(Settings(names=("vl2-nano",), pictures=PictureLimits(pixels=1_000_000)))
-        engine = ScriptedEngine(processor)
-        if is_ready:
-            service.begin(engine, processor)
-        running = Running(service, engine, make_app(service, Gallery(folder / "shown")))
-        try:
-            yield Site(running)
-        finally:
-            running.close()
+        gallery = Gallery(folder / "shown")
+        limits = PictureLimits(pixels=1_000_000)
+        with make_server(app=lambda service: make_app(service, gallery), is_ready=is_ready, pictures=limits) as running:
+            yield Site(running, gallery.folder)
 
     return serve
 

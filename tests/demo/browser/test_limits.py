@@ -1,6 +1,7 @@
 """What goes wrong, who may come in, and every screen: bad pictures, hostile answers, two users, phones, the dark."""
 
 import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -159,11 +160,41 @@ def test_the_page_answers_to_names_of_this_machine_alone_and_lets_nothing_in_fro
     assert site.running._listener.getsockname()[0] == "127.0.0.1"
 
 
-def test_files_of_this_machine_are_no_pictures_for_a_question(site):
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        (None, 200),
+        ("http://{host}", 200),
+        ("https://{host}", 403),
+        ("http://evil.example", 403),
+        ("http://localhost:1", 403),
+        ("null", 403),
+    ],
+)
+def test_other_pages_cannot_send_files(site, origin, status):
+    """A form of another page is sent without asking whether it may be (no preflight)."""
+    headers = {} if origin is None else {"Origin": origin.format(host=site.address.removeprefix("http://"))}
+    with httpx.Client(base_url=site.address, trust_env=False) as client:
+        sent = client.post("/gradio_api/upload", headers=headers, files={"files": ("scene.png", png())})
+    assert sent.status_code == status
+
+
+def test_files_that_were_sent_are_removed_after_a_while(serve_page, monkeypatch):
+    monkeypatch.setattr("vl2_jax.serving.page.app._KEPT", (0.2, 0.2))
+    with serve_page() as site, httpx.Client(base_url=site.address, trust_env=False) as client:
+        (path,) = client.post("/gradio_api/upload", files={"files": ("scene.png", png())}).json()
+        assert Path(path).exists()
+        wait_until(lambda: not Path(path).exists())
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "http://127.0.0.1:9/scene.png", "https://example.com/scene.png"])
+def test_files_of_this_machine_and_addresses_are_no_pictures_for_a_question(site, path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("safehttpx.get", lambda url, **_: fetched.append(url))
     with httpx.Client(base_url=site.address, trust_env=False, timeout=20) as client:
         config = client.get("/config").json()
         asking = next(d for d in config["dependencies"] if any(t[1] == "submit" for t in d["targets"]))
-        inputs = [{"text": "What?", "files": [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}]}]
+        inputs = [{"text": "What?", "files": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}]
         inputs += [None, "", 0, 0.9, 10, "", 0]
         told = {"data": inputs, "fn_index": asking["id"], "session_hash": "x"}
         before = len(site.engine.requests)
@@ -172,3 +203,4 @@ def test_files_of_this_machine_are_no_pictures_for_a_question(site):
             last = next(line for line in stream.iter_lines() if "process_completed" in line)
         assert '"success":false' in last
         assert len(site.engine.requests) == before
+    assert not fetched

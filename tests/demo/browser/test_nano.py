@@ -5,13 +5,11 @@ import signal
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 from playwright.sync_api import expect
 
 from vl2_jax.processing.grounding import Box
-from vl2_jax.scenes import SceneSizes
-from vl2_jax.scenes.drawing import sample_scene
+from vl2_jax.scenes.drawing import Scene
 from vl2_jax.scenes.evaluation import matched
 from vl2_jax.serving.page.examples import EXAMPLES
 
@@ -28,9 +26,8 @@ ANSWERS = {  # of the scenes that are drawn, by what was drawn
 _SECONDS = 120  # for loading and compiling
 
 
-def things_of(number: int, answer: str) -> list[Box]:
+def things_of(scene: Scene, answer: str) -> list[Box]:
     """Where the things of a scene are that an answer speaks of, in hundredths of the picture."""
-    scene = sample_scene(np.random.default_rng((3_000_000, number)), 3, SceneSizes().longest_side, 1)
     whole = (scene.width, scene.height) * 2
     return [
         Box("", *(round(100 * edge / side) for edge, side in zip(thing.box, whole)))
@@ -72,7 +69,7 @@ def test_every_example_is_answered_rightly(address, browser):
         boxes = page.locator(".answer .box")
         expect(boxes).to_have_count({"Locate": 1, "Describe with boxes": 3}.get(example.skill, 0))
         if boxes.count():
-            things = things_of(example.scenes[0], ANSWERS[example.skill][0])
+            things = things_of(example.drawn()[0], ANSWERS[example.skill][0])
             assert matched(things, [box_of(one) for one in boxes.all()]) == 1.0
         page.click("#new")
         expect(texts).to_have_count(0)

@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sse_starlette.sse import SendTimeoutError
@@ -21,6 +21,7 @@ from vl2_jax.serving.http.service import Service
 log = logging.getLogger("vl2_jax.serving")
 
 MOST_HEADER_BYTES = 16 << 10
+LOOPBACK = "127.0.0.1"
 OPEN = ("/health", "/ping", "/ready")  # what load balancers ask, without a key
 _ASKED_OFTEN = (*OPEN, "/metrics")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
@@ -74,8 +75,7 @@ class Door:
             told = f"the headers of the request hold more than {MOST_HEADER_BYTES:,} bytes; send fewer."
             return 0, Problem(400, told, code="invalid_http")
         hosts = self._service.settings.hosts
-        host = re.sub(rb":\d*$", b"", headers.get(b"host", b"")).decode("latin-1").lower()
-        if hosts is not None and host not in hosts:
+        if hosts is not None and host_of(headers) not in hosts:
             told = "this server answers to its own names alone; call it as localhost, or start it with --api-key."
             return 0, Problem(400, told, code="invalid_host")
         if not self._keys or path in OPEN:
@@ -93,6 +93,11 @@ def respond(problem: Problem, extra: dict[str, Any] | None = None) -> JSONRespon
     return JSONResponse(problem.body | (extra or {}), problem.status, problem.headers)
 
 
-def names_of_loopback(host: str) -> Sequence[str]:
+def host_of(headers: Mapping[bytes, bytes]) -> str:
+    """The name that a request came to, without the port, in small letters."""
+    return re.sub(rb":\d*$", b"", headers.get(b"host", b"")).decode("latin-1").lower()
+
+
+def names_of_loopback(host: str = LOOPBACK) -> Sequence[str]:
     """What a server on this host alone is called: pages of the web that resolve to it come with names of their own."""
-    return ("localhost", "127.0.0.1", "[::1]", "::1", host.lower())
+    return ("localhost", LOOPBACK, "[::1]", "::1", host.lower())

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vl2_jax.inference.answers import Answer
-from vl2_jax.processing.batch import TEXT, Encoded
+from vl2_jax.processing.batch import Encoded
 from vl2_jax.processing.grounding import Box
 from vl2_jax.processing.tokenizer import Tokenizer
 from vl2_jax.serving.http.answering import Choice
@@ -44,7 +44,7 @@ class Head:
 def usage(prompts: Sequence[Encoded], new_tokens: int, cached: int) -> dict[str, Any]:
     """Tokens of prompts, each counted once whatever the number of its answers, and of answers."""
     whole = sum(map(len, prompts))
-    pictures = sum(int((prompt.visual_index != TEXT).sum()) for prompt in prompts)
+    pictures = sum(prompt.picture_tokens for prompt in prompts)
     return {
         "prompt_tokens": whole,
         "completion_tokens": new_tokens,

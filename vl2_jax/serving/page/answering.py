@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import Any
 
 from vl2_jax.errors import VL2Error
-from vl2_jax.processing.batch import TEXT, Encoded
+from vl2_jax.inference.generate import picture_at
 from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.serving.http.answering import Answers
 from vl2_jax.serving.http.bodies import ChatBody, checked
@@ -23,7 +23,7 @@ from vl2_jax.serving.requests import Event, Finished, Piece, Request, Stage, Sta
 
 log = logging.getLogger("vl2_jax.serving")
 
-_LOOKS = 0.2  # seconds between looks at a model that is loading
+_LOOKS = 0.2  # seconds between updates of a question that waits for its model
 
 
 async def answer(service: Service, gallery: Gallery, talk: Talk, wishes: Mapping[str, Any]) -> AsyncIterator[None]:
@@ -34,27 +34,15 @@ async def answer(service: Service, gallery: Gallery, talk: Talk, wishes: Mapping
     Args:
       wishes: arguments of `Talk.body` beside the model.
     """
-    turn, begun = talk.turns[-1], time.perf_counter()
+    turn, salt, begun = talk.turns[-1], talk.salt, time.perf_counter()
     try:
-        while (stage := service.stage).name in ("loading", "compiling") and not turn.is_stopped:
+        while (stage := service.stage).is_coming and not turn.is_stopped:
             turn.phase, turn.share = phase_of(stage), stage.share
             yield
             await asyncio.sleep(_LOOKS)
-        pictures = talk.pictures
-        turn.phase, turn.share = "looking at the pictures" if pictures else "reading", 0.0
-        yield
-        body = checked(ChatBody, talk.body(service.settings.names[0], **wishes))
-        (request,) = await service.requests(body)
-        await asyncio.to_thread(gallery.add, pictures, request.prompt)
-        turn.boxes_on = request.boxes_on % len(pictures) if pictures else -1
-        size = pictures[turn.boxes_on].size if pictures else None
-        turn.phase, turn.usage = "thinking", _usage(request.prompt)
-        yield
-        async with contextlib.aclosing(_written(service, turn, request, size, begun)) as updates:
+        async with contextlib.aclosing(_filled(service, gallery, talk, wishes, begun, turn)) as updates:
             async for _ in updates:
                 yield
-        if turn.boxes:
-            turn.saved = await asyncio.to_thread(gallery.draw, pictures[turn.boxes_on], turn.boxes)
     except (VL2Error, Problem) as error:
         if not turn.is_stopped:
             turn.problem = problem_of(error).message
@@ -64,6 +52,8 @@ async def answer(service: Service, gallery: Gallery, talk: Talk, wishes: Mapping
     finally:
         turn.phase = ""
         turn.ending = turn.ending or "stopped"
+        if talk.salt != salt:  # the conversation was cleared meanwhile, perhaps before its last file was made
+            gallery.forget(salt)
     yield
 
 
@@ -71,6 +61,34 @@ def phase_of(stage: Stage) -> str:
     """What a model that is not ready does, in words for people."""
     named = {"loading": "loading the model", "compiling": "compiling its programs"}.get(stage.name, stage.name)
     return named if stage.phase in ("", stage.name) else f"{named}: {stage.phase}"
+
+
+async def _filled(
+    service: Service, gallery: Gallery, talk: Talk, wishes: Mapping[str, Any], begun: float, turn: Turn
+) -> AsyncGenerator[None, None]:
+    """From the question on, once the model is there. Whoever stops the answer may clear its conversation, too, and ask
+    something else in it: what is needed of the conversation is read before anything is waited for.
+    """
+    if turn.is_stopped:
+        return
+    turns, pictures, salt = talk.turns, talk.pictures, talk.salt
+    body = checked(ChatBody, talk.body(service.settings.names[0], **wishes))
+    turn.phase, turn.share = "looking at the pictures" if pictures else "reading", 0.0
+    yield
+    (request,) = await service.requests(body)
+    if turn.is_stopped:
+        return
+    await asyncio.to_thread(gallery.add, pictures, request.prompt, salt)
+    gallery.tidy(turns, salt)
+    turn.boxes_on = picture_at(request.prompt, request.boxes_on) if pictures else -1
+    size = pictures[turn.boxes_on].size if pictures else None
+    turn.phase, turn.usage = "thinking", Usage(len(request.prompt), request.prompt.picture_tokens)
+    yield
+    async with contextlib.aclosing(_written(service, turn, request, size, begun)) as updates:
+        async for _ in updates:
+            yield
+    if turn.boxes and not turn.is_stopped:
+        turn.saved = await asyncio.to_thread(gallery.draw, pictures[turn.boxes_on], turn.boxes, salt)
 
 
 async def _written(
@@ -105,7 +123,3 @@ def _take(turn: Turn, event: Event, size: tuple[int, int] | None, seconds: float
             turn.boxes = parse_boxes(turn.answer, *size, picture=turn.boxes_on)
     elif isinstance(event, Finished):
         turn.ending = event.answer.finish_reason
-
-
-def _usage(prompt: Encoded) -> Usage:
-    return Usage(len(prompt), int((prompt.visual_index != TEXT).sum()))

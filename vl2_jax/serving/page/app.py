@@ -6,16 +6,19 @@ questions, numbers of turns and settings, all of which are checked like those of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import fastapi
 import gradio as gr
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from gradio_client.utils import is_file_obj, is_http_url_like, traverse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vl2_jax.api import SHIPPED
-from vl2_jax.serving.http.door import names_of_loopback
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.serving.http.door import LOOPBACK, host_of, names_of_loopback, respond
+from vl2_jax.serving.http.problems import Problem
 from vl2_jax.serving.http.service import Service
 from vl2_jax.serving.page import view
 from vl2_jax.serving.page.events import Events, open_or_close_camera, take_photograph
@@ -25,7 +28,8 @@ from vl2_jax.serving.page.talk import MOST_BYTES, Talk
 
 _HERE = Path(__file__).parent
 _FONTS, _MONO = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # of the reader's machine
-_LOOKS = 0.5  # seconds between looks at a model that is loading
+_STATUS_SECONDS = 0.5  # between updates of the line that says how far the model is
+_KEPT = (600, 3600)  # seconds between looks for files that were sent, and of their age when they are removed
 _AT_ONCE = 64  # answers that the page lets run or wait; the engine bounds what is computed
 _LONGEST_ANSWER = 4096  # tokens: the context of the released models
 _ABOUT_NANO = (
@@ -47,7 +51,7 @@ def make_app(service: Service, gallery: Gallery) -> ASGIApp:
         app,
         make_page(service, gallery),
         path="/",
-        server_name="127.0.0.1",
+        server_name=LOOPBACK,
         footer_links=[],
         run_history=False,
         show_error=False,  # errors that are not ours are for the terminal
@@ -60,8 +64,7 @@ def make_app(service: Service, gallery: Gallery) -> ASGIApp:
         css=view.colours_css() + (_HERE / "page.css").read_text(encoding="utf-8"),
         js=(_HERE / "page.js").read_text(encoding="utf-8"),
     )
-    hosts = [name for name in names_of_loopback("127.0.0.1") if not name.endswith("]")]
-    return TrustedHostMiddleware(_OwnContent(app), allowed_hosts=hosts, www_redirect=False)
+    return _Door(app)
 
 
 def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
@@ -73,7 +76,7 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
         {"icon": str(gallery.keep(side_by_side(example.pictures()))), "display_text": example.skill}
         for example in EXAMPLES
     ]
-    with gr.Blocks(title=f"{model} · vl2-jax", analytics_enabled=False, fill_width=True) as page:
+    with _Page(title=f"{model} · vl2-jax", analytics_enabled=False, fill_width=True, delete_cache=_KEPT) as page:
         talk, is_open = gr.State(Talk(), delete_callback=events.forget), gr.State(False)  # the latter is the camera
         with gr.Row(elem_id="top"):
             status = gr.HTML(events.status()[0], elem_id="status")
@@ -120,7 +123,7 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
         camera.click(open_or_close_camera, is_open, [lens, is_open], **quick)
         lens.change(take_photograph, [lens, box], [box, lens, is_open], **quick)
         theme.click(None, None, None, js="() => vl2SwitchTheme()", **silent)
-        timer = gr.Timer(_LOOKS)
+        timer = gr.Timer(_STATUS_SECONDS)
         timer.tick(events.status, None, [status, timer], **quick)
     return page
 
@@ -128,9 +131,11 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
 def _settings() -> list[gr.components.Component]:
     """The side panel, in the order of `events._wishes`."""
     system = gr.Textbox(label="System message", lines=2, max_lines=6, placeholder="None")
-    temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0 takes the likeliest token")
-    top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p")
-    longest = gr.Slider(1, _LONGEST_ANSWER, 512, step=1, label="Longest answer, in tokens")
+    temperature = gr.Slider(
+        0, 2, SamplingOptions.temperature, step=0.05, label="Temperature", info="0 takes the likeliest token"
+    )
+    top_p = gr.Slider(0.05, 1, SamplingOptions.top_p, step=0.05, label="Top-p")
+    longest = gr.Slider(1, _LONGEST_ANSWER, SamplingOptions.max_tokens, step=1, label="Longest answer, in tokens")
     with gr.Row():
         seed = gr.Textbox(label="Seed", placeholder="a new one each time", max_lines=1, min_width=100)
         boxes_on = gr.Number(
@@ -153,8 +158,24 @@ def _theme() -> gr.themes.Base:
     )
 
 
-class _OwnContent:
-    """Tells browsers that nothing of this page comes from elsewhere, whatever a model writes."""
+class _Page(gr.Blocks):
+    """Gradio's, which takes files that were sent to it and no addresses: those it would ask for itself."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *others: Any, **more: Any) -> list[Any]:
+        traverse(inputs, _no_address, is_file_obj)
+        return await super().preprocess_data(block_fn, inputs, *others, **more)
+
+
+def _no_address(file: dict[str, Any]) -> dict[str, Any]:
+    if is_http_url_like(file["path"]):
+        raise gr.Error("This page fetches nothing; send the picture itself.", print_exception=False)
+    return file
+
+
+class _Door:
+    """Lets in what comes from this page itself, by a name of this machine, and tells browsers that nothing of it comes
+    from elsewhere, whatever a model writes.
+    """
 
     def __init__(self, app: ASGIApp):
         self._app = app
@@ -162,8 +183,20 @@ class _OwnContent:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                told = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                told = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"same-origin")]
                 message["headers"] = [*message.get("headers", ()), *told]
             await send(message)
 
-        await self._app(scope, receive, answer)
+        problem = _why_not(dict(scope["headers"])) if scope["type"] == "http" else None
+        await (respond(problem) if problem else self._app)(scope, receive, answer)
+
+
+def _why_not(headers: Mapping[bytes, bytes]) -> Problem | None:
+    """Why a request is not let in, if it is not."""
+    if host_of(headers) not in names_of_loopback():
+        told = f"this page answers to the names of its own machine alone; open it as {LOOPBACK} or localhost."
+        return Problem(400, told, code="invalid_host")
+    # Browsers send files elsewhere without asking first, and then say which page does it.
+    if headers.get(b"origin", b"http://" + headers[b"host"]) != b"http://" + headers[b"host"]:
+        return Problem(403, "this page takes nothing from other pages.", code="invalid_origin")
+    return None

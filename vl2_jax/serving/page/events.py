@@ -42,10 +42,11 @@ class Events:
 
     async def ask(self, message: dict[str, Any], talk: Talk, *settings: Any) -> Updates:
         """A question and its pictures."""
+        wishes = _wishes(*settings)
         with _told():
             talk.ask(message["text"], message["files"])
         yield (*_view(talk), gr.MultimodalTextbox(value=None, submit_btn=False, stop_btn=True))
-        async for update in self._write(talk, *settings):
+        async for update in self._write(talk, wishes):
             yield update
 
     async def retry(self, talk: Talk, *settings: Any) -> Updates:
@@ -76,24 +77,25 @@ class Events:
 
     def forget(self, talk: Talk) -> None:
         """Ends a conversation, and removes the files that were made for it."""
-        turns = talk.turns
+        salt = talk.salt
         talk.clear()
-        self.gallery.forget(turns)
+        self.gallery.forget(salt)
 
     def status(self) -> tuple[str, gr.Timer]:
         """How far the model is, and whether to look again."""
         stage = self.service.stage
         shown = view.status_html(stage, phase_of(stage), self.service.settings.names[0])
-        return shown, gr.Timer(active=stage.name in ("loading", "compiling"))
+        return shown, gr.Timer(active=stage.is_coming)
 
     async def _ask_again(self, number: int, question: str, talk: Talk, *settings: Any) -> Updates:
+        wishes = _wishes(*settings)
         with _told():
             talk.ask_again(number, question)
-        async for update in self._write(talk, *settings):
+        async for update in self._write(talk, wishes):
             yield update
 
-    async def _write(self, talk: Talk, *settings: Any) -> Updates:
-        async for _ in answer(self.service, self.gallery, talk, _wishes(*settings)):
+    async def _write(self, talk: Talk, wishes: dict[str, Any]) -> Updates:
+        async for _ in answer(self.service, self.gallery, talk, wishes):
             yield (*_view(talk), _box(talk))
 
 
@@ -110,8 +112,11 @@ def take_photograph(photograph: str | None, message: dict[str, Any] | None) -> t
     return question, *open_or_close_camera(is_open=True)
 
 
-def _wishes(system: Any, temperature: Any, top_p: Any, longest: Any, seed: str, boxes_on: Any) -> dict[str, Any]:
-    """The settings as fields of a request, which is where they are checked."""
+def _wishes(
+    system: str | None, temperature: Any, top_p: Any, longest: Any, seed: str | None, boxes_on: Any
+) -> dict[str, Any]:
+    """The settings as fields of a request, which is where they are checked; before a turn is open."""
+    system, seed = system or "", seed or ""
     number = int(seed) if re.fullmatch(r"\s*-?[0-9]{1,19}\s*", seed) else seed.strip() or None
     return {
         "system": system,

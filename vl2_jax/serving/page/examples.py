@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from vl2_jax.scenes import SceneSizes
-from vl2_jax.scenes.drawing import render, sample_scene
+from vl2_jax.scenes.drawing import Scene, render
 
 _SEED = 3_000_000  # of these scenes; no training or evaluation draws from it
 
@@ -22,11 +21,11 @@ class Example:
     scenes: tuple[int, ...]
     questions: tuple[str, ...]
 
-    def pictures(self) -> Iterator[Image.Image]:
-        sizes = SceneSizes()
-        for number in self.scenes:
-            random = np.random.default_rng((_SEED, number))
-            yield render(sample_scene(random, sizes.most_shapes, sizes.longest_side, sizes.most_words))
+    def drawn(self) -> list[Scene]:
+        return [SceneSizes().draw(np.random.default_rng((_SEED, number))) for number in self.scenes]
+
+    def pictures(self) -> list[Image.Image]:
+        return [render(scene) for scene in self.drawn()]
 
 
 EXAMPLES = (

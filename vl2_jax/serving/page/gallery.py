@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from vl2_jax.processing.batch import Encoded
 from vl2_jax.processing.grounding import Box, draw_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.sources import content_of
-from vl2_jax.processing.tiling import visual_token_count
+from vl2_jax.processing.tiling import tiles_of, visual_token_count
 from vl2_jax.serving.page.talk import Picture, Turn
 
 _LONGEST_SIDE = 1280  # of a picture on the page, in pixels; what is saved has all of them
@@ -22,48 +23,55 @@ _GAP = 32  # parts of a tile's side that one part lies between two tiles
 
 
 class Gallery:
-    """A folder of pictures with names that nobody can guess."""
+    """A folder of pictures with names that nobody can guess; those of a conversation have a folder of their own in it,
+    whose name is the conversation's salt.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def add(self, pictures: Sequence[Picture], prompt: Encoded) -> None:
+    def add(self, pictures: Sequence[Picture], prompt: Encoded, of: str) -> None:
         """Makes what the page shows of the pictures of a prompt, those that are new.
 
-        The prompt was made of the same files by a process of its own, so they can be decoded here.
+        They are decoded here a second time, in the server's process: the prompt was made of the same files, so a
+        process of its own has decoded them, within the limits of the service.
         """
         grid = math.isqrt(prompt.tokens_per_tile)
         first = 0
         for picture, size, (across, down) in zip(pictures, prompt.image_sizes, prompt.crops.tolist(), strict=True):
-            count = 1 + (across * down if across * down > 1 else 0)  # a single tile is the global view (SPEC 4.3)
+            count = tiles_of(across, down)
             tiles = prompt.tiles[first : first + count]
             first += count
             if picture.crop == (across, down):
                 continue  # more than two pictures are not cut into tiles, so that of an older one may have changed
             picture.size, picture.crop, picture.tokens = size, (across, down), visual_token_count((across, down), grid)
-            picture.overview = self.keep(Image.fromarray(tiles[0]))
-            picture.raster = self.keep(_raster(tiles[1:], across)) if count > 1 else None
+            picture.overview = self.keep(Image.fromarray(tiles[0]), of)
+            picture.raster = self.keep(_raster(tiles[1:], across), of) if count > 1 else None
             if picture.preview is None:
                 image = _decoded(picture)
                 image.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-                picture.preview = self.keep(image)
+                picture.preview = self.keep(image, of)
 
-    def draw(self, picture: Picture, boxes: Sequence[Box]) -> Path:
+    def draw(self, picture: Picture, boxes: Sequence[Box], of: str) -> Path:
         """The whole picture with its boxes and their labels, as a file to keep, whose name says what it is."""
-        path = self.keep(draw_boxes(_decoded(picture), boxes))
-        path.with_suffix("").mkdir()
-        return path.rename(path.with_suffix("") / "boxes.png")
+        return self.keep(draw_boxes(_decoded(picture), boxes), of, "boxes.png")
 
-    def forget(self, turns: Sequence[Turn]) -> None:
-        """Removes the files of turns."""
+    def tidy(self, turns: Sequence[Turn], of: str) -> None:
+        """Removes what none of a conversation's turns shows any more: they were asked again, or cut otherwise."""
         made = [file for turn in turns for p in turn.pictures for file in (p.preview, p.overview, p.raster)]
-        for path in (*made, *(turn.saved for turn in turns)):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        shown = {file.parent for file in (*made, *(turn.saved for turn in turns)) if file is not None}
+        for folder in set((self.folder / of).glob("*")) - shown:
+            shutil.rmtree(folder)
 
-    def keep(self, image: Image.Image) -> Path:
-        """A picture as a file of this folder."""
-        path = self.folder / f"{secrets.token_hex(16)}.png"
+    def forget(self, of: str) -> None:
+        """Removes the files of a conversation; one without a name has none."""
+        if of:
+            shutil.rmtree(self.folder / of, ignore_errors=True)
+
+    def keep(self, image: Image.Image, of: str = "examples", name: str = "picture.png") -> Path:
+        """A picture as a file of a conversation, alone in a folder that nobody can guess."""
+        path = self.folder / of / secrets.token_hex(16) / name
+        path.parent.mkdir(parents=True)
         image.save(path, compress_level=1)
         return path
 

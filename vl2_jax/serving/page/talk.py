@@ -7,12 +7,16 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from vl2_jax.errors import ConversationError, ImageError, shown
+from vl2_jax.errors import ConversationError, ImageError, RequestError, shown
 from vl2_jax.processing.grounding import Box
+from vl2_jax.serving.http.decoding import PictureLimits
+from vl2_jax.serving.http.service import Settings
+from vl2_jax.serving.requests import Submission
 
-MOST_BYTES = 32 << 20  # of a picture: what a request over HTTP may hold, too
+MOST_BYTES = Settings.most_body  # of a picture: what a request over HTTP may hold, too
+MOST_PICTURES = PictureLimits.most  # of a question; the service counts those of the conversation
 
 
 @dataclass
@@ -41,9 +45,11 @@ class Picture:
         """A file that was uploaded.
 
         Raises:
-          ImageError: it holds more than `MOST_BYTES`.
+          ImageError: it holds more than `MOST_BYTES`, or is not there any more.
         """
         path = Path(path)
+        if not path.is_file():
+            raise ImageError(f"{shown(path.name)} was sent so long ago that it was removed; send it again.")
         size = path.stat().st_size
         if size > MOST_BYTES:
             raise ImageError(
@@ -66,12 +72,6 @@ class Usage:
     @property
     def tokens_per_second(self) -> float:
         return (self.new_tokens - 1) / self.seconds if self.seconds > 0 else 0.0
-
-
-class Cancels(Protocol):
-    """An answer that is being written."""
-
-    def cancel(self) -> None: ...
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Turn:
     boxes_on: int = -1
     saved: Path | None = None
     usage: Usage | None = None
-    running: Cancels | None = None
+    running: Submission | None = None
     is_stopped: bool = False
 
     @property
@@ -137,12 +137,15 @@ class Talk:
 
         Raises:
           ConversationError: nothing is asked, or the last question is still being answered.
+          RequestError: there are more than `MOST_PICTURES` files; none is read.
           ImageError: see `Picture.from_file`.
         """
         if self.is_busy:
             raise ConversationError("the last question is being answered; wait for that, or stop it.")
         if not question.strip() and not files:
             raise ConversationError("there is no question; write one, or add a picture.")
+        if len(files) > MOST_PICTURES:
+            raise RequestError(f"{len(files)} pictures are too many for a question; send at most {MOST_PICTURES}.")
         self._open(Turn(question.strip(), [Picture.from_file(file) for file in files]))
 
     def ask_again(self, number: int, question: str = "") -> None:

@@ -10,16 +10,15 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from vl2_jax.processing.grounding import COLOURS, Box, parse_boxes
+from vl2_jax.processing.grounding import COLOURS, LARGEST, Box, read_parts
+from vl2_jax.processing.tokenizer import GROUNDING_TAGS
 from vl2_jax.serving.page.talk import Picture, Talk, Turn
 from vl2_jax.serving.requests import Stage
 
-# A label and its boxes; the list may be cut off. Labels have an end, so that looking for them takes linear time.
-_MENTION = re.compile(r"<\|ref\|>(.{0,1000}?)<\|/ref\|>\s*<\|det\|>(.*?)(?:<\|/det\|>|\Z)", re.DOTALL)
-_TAG = re.compile(r"<\|/?(?:ref|det|grounding)\|>")
+_TAG = re.compile("|".join(map(re.escape, GROUNDING_TAGS)))
 _BEGUN = re.compile(r"<(?:\|/?[a-z]*\|?)?\Z")  # what may become a tag with the next piece
 _MARKUP = re.compile(r"<(?=[a-zA-Z/!?])|&(?=#|[a-zA-Z])")  # where a tag or a character reference may begin
-_WHOLE = (1000, 1000)
+_WHOLE = (LARGEST, LARGEST)
 _ROOM, _ROOM_ACROSS = 12, 40  # percent of a picture that a label needs above a box, and to its right
 
 
@@ -46,23 +45,28 @@ def answer_html(turn: Turn, pictures: Sequence[Picture]) -> str:
     """An answer: its text, whose mentions have the colours of their boxes, and the picture with the boxes on it."""
     if turn.problem:
         return f'<div class="answer problem" role="alert">{escape(sentence(turn.problem))}</div>'
-    parts = [f'<div class="text">{text_html(turn.answer, turn.is_over)}{_note(turn)}</div>']
-    if turn.boxes and 0 <= turn.boxes_on < len(pictures):
-        parts.append(figure_html(pictures[turn.boxes_on], turn.boxes, turn.saved))
+    picture = pictures[turn.boxes_on] if 0 <= turn.boxes_on < len(pictures) else None
+    text = text_html(turn.answer, turn.is_over, picture.size if picture else _WHOLE)
+    parts = [f'<div class="text">{text}{_note(turn)}</div>']
+    if turn.boxes and picture is not None:
+        parts.append(figure_html(picture, turn.boxes, turn.saved))
     return f'<div class="answer{"" if turn.is_over else " writing"}">{"".join(parts)}</div>'
 
 
-def text_html(text: str, is_over: bool = True) -> str:
-    """A model's text, in which `<|ref|>label<|/ref|><|det|>...<|/det|>` is the label in the colour of its first box."""
-    text = text if is_over else _BEGUN.sub("", text)
-    pieces, end, boxes = [], 0, 0
-    for mention in _MENTION.finditer(text):
-        pieces.append(escape(_TAG.sub("", text[end : mention.start()])))
-        found = len(parse_boxes(mention[0], *_WHOLE))
-        label = escape(_TAG.sub("", mention[1]).strip())
-        pieces.append(f'<span class="mention c{boxes % len(COLOURS)}">{label}</span>' if found else label)
-        boxes, end = boxes + found, mention.end()
-    return "".join([*pieces, escape(_TAG.sub("", text[end:]))])
+def text_html(text: str, is_over: bool = True, size: tuple[int, int] = _WHOLE) -> str:
+    """A model's text without its lists of boxes, in which a label that has boxes has the colour of its first one.
+
+    Args:
+      size: of the picture that the boxes are on.
+    """
+    shown, number = [], 0
+    for kind, content, boxes in read_parts(text if is_over else _BEGUN.sub("", text), *size):
+        if kind != "det" or "[" not in content:
+            words = escape(_TAG.sub("", content))
+            coloured = f'<span class="mention c{number % len(COLOURS)}">{words}</span>'
+            shown.append(coloured if kind == "ref" and boxes else words)
+        number += len(boxes)
+    return "".join(shown)
 
 
 def figure_html(picture: Picture, boxes: Sequence[Box], saved: Path | None = None) -> str:
@@ -114,7 +118,7 @@ def footer_html(turn: Turn | None) -> str:
 def status_html(stage: Stage, phase: str, model: str) -> str:
     """Which model, and how far it is."""
     told = "ready" if stage.name == "ready" else escape(phase)
-    if stage.name in ("loading", "compiling"):
+    if stage.is_coming:
         told += "<progress></progress>" if not stage.share else f'<progress value="{stage.share:.3f}"></progress>'
         told += f"{stage.share:.0%}" if stage.share else ""
     return f'<div class="status {escape(stage.name)}"><b>{escape(model)}</b><span class="stage">{told}</span></div>'
