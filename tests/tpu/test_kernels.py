@@ -81,11 +81,13 @@ def test_narrow_experts_spread_over_a_mesh_are_multiplied_by_the_kernel():
     assert not [copy for copy in copies(text) if copy[1] in held]
 
 
-@pytest.mark.parametrize("tokens", [4096])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("target", TARGETS)
-def test_their_gradients_compile(target, size, tokens):
-    shapes = expert_shapes(size, tokens)
+# They take most of a minute each: every size, every chip, and the largest size where there is the least room.
+@pytest.mark.parametrize(
+    ("target", "size"),
+    [("v5e", "tiny"), ("v5e", "small"), ("v5e", "base"), ("v5p", "small"), ("v6e", "base"), ("tpu7x", "base")],
+)
+def test_their_gradients_compile(target, size):
+    shapes = expert_shapes(size, tokens=4096)
     text = compile_for(target, backward, *shapes, shapes[0]).as_text()
     assert "expert_ffn_rows_gradients" in text
     assert "expert_ffn_weights_gradients" in text
