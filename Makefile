@@ -50,7 +50,7 @@ tpu: LONGEST := tests/tpu/test_plans.py
 tpu:
 	$(MAKE) .venv-tpu/.ready-tpu VENV=.venv-tpu
 	.venv-tpu/bin/python -m pytest -n $(WORKERS) --maxschedchunk 1 -q $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/tpu/test_*.py))
-	.venv-tpu/bin/python benchmarks/kernels.py --sizes small --tokens 8 512
+	.venv-tpu/bin/python benchmarks/kernels.py --targets v5e --sizes small --tokens 8 512
 
 # vLLM pins 260 packages, 10 GB of them, and the newest JAX: an environment of its own, with Python 3.12. On a CPU.
 vllm:

@@ -88,10 +88,3 @@ def test_a_notebook_where_all_is_there_installs_nothing(monkeypatch):
 def test_a_notebook_runs_where_nothing_lies_beside_it(tmp_path):
     """The one that takes least; `make notebooks` runs them all."""
     BUILD["run"](jupytext.read(FOLDER / "convert.ipynb"), tmp_path)
-
-
-def test_the_notebook_of_meshes_runs_with_the_first_layers_of_a_model(tmp_path, first_layers):
-    """It takes the model that it finds in `out/nano`."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "nano").symlink_to(first_layers("nano-small"))
-    BUILD["run"](jupytext.read(FOLDER / "sharding.ipynb"), tmp_path)

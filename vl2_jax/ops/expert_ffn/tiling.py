@@ -68,8 +68,8 @@ def choose_tiling(
 
     As many tokens a call as fit beside the weights of two experts, or of two parts of experts, if weights are read
     less often then. The tallest tile:
-      128 x 128 MXU (v5e, v5p): a tile costs little by itself, so a little above an expert's mean share; the rest gets
-        low tiles (v5e, 4096 tokens, Small: tallest 256 takes 2689 us, 384 takes 2432).
+      128 x 128 MXU (v5e, v5p): a tile costs little by itself, so about an expert's mean share; the rest gets
+        low tiles (v5e, 4096 tokens, Small: tallest 256 takes 2689 us, 384 takes 2412).
       256 x 256 MXU (v6e, tpu7x): a tile costs some 110 rows by itself, so one tile for nearly every expert, two and a
         half deviations above the mean (v6e, the same: 384 takes 845 us, 448 takes 759).
     Few rows an expert get low tiles, which are computed while the next expert arrives; that of narrow weights arrives
