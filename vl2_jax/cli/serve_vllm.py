@@ -13,7 +13,6 @@ from vl2_jax.cli.flags import OptionalModelFlags
 from vl2_jax.cli.serve import (
     DoorFlags,
     LimitFlags,
-    check_context,
     check_door,
     check_limits,
     domains_of,
@@ -66,7 +65,6 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
         raise RequestError("--engine vllm takes one key: others would stand in the list of processes; give one.")
     directory = find_model(model.model)
     config = read_config(directory)
-    check_context(limits, config)
     loading = {name: str(value) if name == "adapters" else value for name, value in model.options(Devices()).items()
                if name in Settings.__dataclass_fields__ and value is not None}  # fmt: skip
     command = launch.command(

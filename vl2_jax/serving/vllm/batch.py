@@ -31,7 +31,7 @@ from vl2_jax.files import is_remote, path_of
 from vl2_jax.processing.batch import Processor
 from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.processing.images import load_image
-from vl2_jax.processing.messages import given, pictures_of, plain
+from vl2_jax.processing.messages import given, pictures_of
 from vl2_jax.processing.sources import in_folder
 from vl2_jax.serving.vllm import launch
 
@@ -124,7 +124,7 @@ class Answers:
             try:
                 pictures = await asyncio.to_thread(read_pictures, row, path_of(self.job.images))
                 return told | await self._answer(question_of(row, pictures), pictures)
-            except (VL2Error, self.theirs.VLLMClientError, ValueError) as error:
+            except (ValueError, self.theirs.VLLMClientError) as error:
                 return told | {"error": one_line(error, _LONGEST_ERROR)}
 
     async def _answer(self, messages: list[dict[str, Any]], pictures: Sequence[Image.Image]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def question_of(row: Mapping[str, Any], pictures: Sequence[Any]) -> list[dict[st
     Raises:
       ConversationError: nothing is asked.
     """
-    question = plain(given(row, *QUESTIONS))
+    question = given(row, *QUESTIONS)
     if not isinstance(question, str) or not question.strip():
         raise ConversationError(f"the question is {shown(question)}; expected text in a column {QUESTIONS[0]!r}.")
     parts = [*({"type": "image", "image": picture} for picture in pictures), {"type": "text", "text": question}]
@@ -227,6 +227,7 @@ def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = No
 
 
 def _read(data: Sequence[str]) -> Any:
+    """Ray's rows of files."""
     import ray
 
     kinds = {_JSON_LINES.search(name) is not None for name in data}
@@ -278,15 +279,26 @@ def main(
         verify: Check the weights against their manifest while loading.
     """
     launch.check_versions()
-    for name, value in {"engines": engines or 1, "devices": devices, "max-tokens": max_tokens,
-                        "max-num-seqs": max_num_seqs, "batch-size": batch_size}.items():  # fmt: skip
-        if value < 1:
+    counts = {"engines": engines, "devices": devices, "max-tokens": max_tokens, "max-model-len": max_model_len,
+              "max-num-seqs": max_num_seqs, "batch-size": batch_size}  # fmt: skip
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise RequestError(f"--{name} is {value}; expected at least 1.")
     if not data:
         raise RequestError("--data names no file; expected Parquet or JSON lines.")
-    loading = {"weights": weights, "adapters": adapters, "verify": verify}
-    loading = {name: value for name, value in loading.items() if value is not None}
-    job = Job(model, devices, id, images, max_tokens, max_num_seqs, context=max_model_len, dtype=dtype, loading=loading)
+    first = path_of(data[0])
+    loading = {"weights": weights, "adapters": adapters and _absolute(adapters), "verify": verify}
+    job = Job(
+        model=_absolute(model) if os.path.isdir(model) else model,
+        devices=devices,
+        id=id,
+        images=_absolute(images or str(first.parent if first.suffix else first)),
+        max_tokens=max_tokens,
+        max_num_seqs=max_num_seqs,
+        context=max_model_len,
+        dtype=dtype,
+        loading={name: value for name, value in loading.items() if value is not None},
+    )
     job.options()  # what is wrong is told before engines start
     answer_all(job, data, out, engines, batch_size)
     print(f"answers are in {out}", file=sys.stderr)

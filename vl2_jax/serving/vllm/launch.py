@@ -103,9 +103,11 @@ def options(
       plugin: `settings.Settings` beside the model.
 
     Raises:
-      RequestError: a number of devices that vLLM does not take.
+      RequestError: a number of devices that vLLM does not take, or more than the model's context.
     """
-    heads = config.language_config.num_attention_heads
+    heads, positions = config.language_config.num_attention_heads, config.language_config.max_position_embeddings
+    if context is not None and context > positions:
+        raise RequestError(f"--max-model-len is {context}; the model's context holds {positions}.")
     if heads % devices:
         raise RequestError(f"vLLM takes numbers of devices that divide the {heads} heads of this model, not {devices}.")
     processor = read_processor_config(directory)
@@ -116,7 +118,7 @@ def options(
         "tokenizer_mode": MODE,
         "generation_config": "vllm",
         "dtype": dtype or _stored(config),
-        "max_model_len": context or config.language_config.max_position_embeddings,
+        "max_model_len": context or positions,
         "block_size": _PAGE,
         "max_num_batched_tokens": 1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length(),
         "disable_chunked_mm_input": True,
