@@ -78,6 +78,45 @@ def answered(tmp_path_factory):
     return rows, first, answers_in(folder / "answers")
 
 
+def test_a_job_goes_on_where_an_engine_failed(tmp_path, monkeypatch):
+    """With an actor in place of the engine, which fails in the last of four batches once others are written.
+
+    The first of these tests: Ray forks this process, which JAX must not have been used in before.
+    """
+    out, asked, count = tmp_path / "answers", tmp_path / "asked", 8
+
+    class Failing:
+        def __init__(self, job):
+            self.job = job
+
+        async def __call__(self, rows):
+            names = rows["id"].to_pylist()
+            with asked.open("a") as lines:
+                lines.writelines(f"{name}\n" for name in names)
+            while count - 1 in names and self.job.model == "failing":
+                if [file for file in out.glob("*/*.parquet") if "pending" not in file.name]:
+                    raise RuntimeError("EngineCore encountered an issue")
+                await asyncio.sleep(0.1)
+            yield rows.select(["id"])
+
+    pq.write_table(pa.table({"id": range(count), "question": ["What?"] * count}), tmp_path / "rows.parquet")
+    monkeypatch.setattr(batch, "Answers", Failing)
+    try:
+        data = [str(tmp_path / "rows.parquet")]
+        with pytest.raises(RequestError, match=r"no column 'key' among 'id, question'; name one with --id"):
+            batch.answer_all(batch.Job("x", id="key"), data, str(out))
+        with pytest.raises(Exception, match="EngineCore"):
+            batch.answer_all(batch.Job("failing"), data, str(out), batch_size=2)
+        first = answers_in(out)
+        assert 0 < len(first) < count
+        asked.unlink()
+        batch.answer_all(batch.Job("whole"), data, str(out), batch_size=2)
+    finally:
+        ray.shutdown()
+    assert answers_in(out).keys() == set(range(count))
+    assert sorted(map(int, asked.read_text().split())) == sorted(set(range(count)) - first.keys())
+
+
 def test_every_row_has_the_answer_of_generate(answered):
     rows, first, both = answered
     vl2 = vl2_jax.load("vl2-nano", dtype="float32")
@@ -112,39 +151,3 @@ def test_what_is_wrong_with_a_row_is_told_there(answered):
 def test_what_is_answered_is_not_asked_again(answered):
     _, first, both = answered
     assert {name: both[name] for name in first} == first
-
-
-def test_a_job_goes_on_where_an_engine_failed(tmp_path, monkeypatch):
-    """With an actor in place of the engine, which fails in the last of four batches once others are written."""
-    out, asked, count = tmp_path / "answers", tmp_path / "asked", 8
-
-    class Failing:
-        def __init__(self, job):
-            self.job = job
-
-        async def __call__(self, rows):
-            names = rows["id"].to_pylist()
-            with asked.open("a") as lines:
-                lines.writelines(f"{name}\n" for name in names)
-            while count - 1 in names and self.job.model == "failing":
-                if [file for file in out.glob("*/*.parquet") if "pending" not in file.name]:
-                    raise RuntimeError("EngineCore encountered an issue")
-                await asyncio.sleep(0.1)
-            yield rows.select(["id"])
-
-    pq.write_table(pa.table({"id": range(count), "question": ["What?"] * count}), tmp_path / "rows.parquet")
-    monkeypatch.setattr(batch, "Answers", Failing)
-    try:
-        data = [str(tmp_path / "rows.parquet")]
-        with pytest.raises(RequestError, match=r"no column 'key' among 'id, question'; name one with --id"):
-            batch.answer_all(batch.Job("x", id="key"), data, str(out))
-        with pytest.raises(Exception, match="EngineCore"):
-            batch.answer_all(batch.Job("failing"), data, str(out), batch_size=2)
-        first = answers_in(out)
-        assert 0 < len(first) < count
-        asked.unlink()
-        batch.answer_all(batch.Job("whole"), data, str(out), batch_size=2)
-    finally:
-        ray.shutdown()
-    assert answers_in(out).keys() == set(range(count))
-    assert sorted(map(int, asked.read_text().split())) == sorted(set(range(count)) - first.keys())

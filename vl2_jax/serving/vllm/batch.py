@@ -33,6 +33,7 @@ from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.processing.images import load_image
 from vl2_jax.processing.messages import given, pictures_of
 from vl2_jax.processing.sources import in_folder
+from vl2_jax.serving.http.decoding import PictureLimits
 from vl2_jax.serving.vllm import launch
 
 _BOX = {name: pa.int64() for name in ("x1", "y1", "x2", "y2", "picture")} | {
@@ -74,7 +75,6 @@ class Job:
     images: str = "."
     max_tokens: int = 512
     max_num_seqs: int = 64
-    max_pictures: int = 16
     context: int | None = None
     dtype: str | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Job:
             context=self.context,
             plugin=self.loading,
         )
-        return told | {"max_num_seqs": self.max_num_seqs, "limit_mm_per_prompt": {"image": self.max_pictures}}
+        return told | {"max_num_seqs": self.max_num_seqs, "limit_mm_per_prompt": {"image": PictureLimits.most}}
 
 
 class Answers:
