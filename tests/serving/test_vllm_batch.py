@@ -6,12 +6,16 @@ import sys
 
 import pyarrow as pa
 import pytest
+import tyro
 
 from tests.conftest import GOLDENS
 from tests.serving import their_fakes
+from vl2_jax.cli.batch import batch as command
+from vl2_jax.errors import VL2Error
 from vl2_jax.evaluation.prompts import plain
 from vl2_jax.evaluation.samples import Sample
 from vl2_jax.processing.batch import Processor
+from vl2_jax.serving.vllm import batch, launch
 
 PICTURE = (GOLDENS / "images" / "wide.png").read_bytes()
 SAID = "<|ref|>a circle<|/ref|><|det|>[[0, 0, 500, 999]]<|/det|>"
@@ -87,3 +91,46 @@ def test_the_engine_is_told_what_the_server_is_told(answers):
     assert told["additional_config"]["vl2"] == {"model": told["model"]}
     assert (told["tokenizer_mode"], told["block_size"] % 32, told["async_scheduling"]) == ("vl2", 0, False)
     assert told["disable_chunked_mm_input"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Runs the command and returns what it asks Ray for."""
+    calls = []
+    monkeypatch.setattr(launch, "check_versions", lambda: None)
+    monkeypatch.setattr(batch, "answer_all", lambda *call: calls.append(call))
+
+    def run(*arguments):
+        tyro.cli(command, args=["--model", "vl2-nano", "--out", "answers", *arguments])
+        return calls.pop()
+
+    return run
+
+
+def test_flags_become_a_job(asked, monkeypatch, tmp_path):
+    """Its paths are the same in processes that start in other folders."""
+    monkeypatch.chdir(tmp_path)
+    job, data, out, engines, batch_size = asked(
+        "--data", "rows/a.parquet", "--data", "b.parquet", "--devices", "3", "--dtype", "float32", "--weights", "int8",
+        "--adapters", "lora", "--max-model-len", "512", "--engines", "2", "--batch-size", "7", "--id", "key",
+    )  # fmt: skip
+    assert (data, out, engines, batch_size) == (("rows/a.parquet", "b.parquet"), "answers", 2, 7)
+    assert (job.model, job.devices, job.context, job.dtype, job.id) == ("vl2-nano", 3, 512, "float32", "key")
+    assert job.images == str(tmp_path / "rows")
+    assert job.loading == {"weights": "int8", "adapters": str(tmp_path / "lora"), "verify": True}
+    assert asked("--data", "gs://bucket/rows")[0].images == "gs://bucket/rows"
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "no rows are given"),
+        (["--data", "a", "--cache", "int8"], "knows no --cache"),
+        (["--data", "a", "--devices", "4"], "divide the 6 heads of this model, not 4"),
+        (["--data", "a", "--max-model-len", "4096"], "context holds 1024"),
+        (["--data", "a", "--batch-size", "0"], "--batch-size is 0"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_starts(asked, flags, told):
+    with pytest.raises(VL2Error, match=told):
+        asked(*flags)

@@ -1,4 +1,4 @@
-"""`python -m vl2_jax.serving.vllm.batch`: Ray Data over rows with pictures, an engine an actor."""
+"""`python -m vl2_jax.cli.batch`: Ray Data over rows with pictures, an engine an actor."""
 
 import asyncio
 import base64
@@ -41,7 +41,7 @@ def run(*arguments):
     paths = os.pathsep.join([str(ON_CPU), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # each engine has a process beside its actor
-    command = [sys.executable, "-m", "vl2_jax.serving.vllm.batch", "--model", "vl2-nano", "--dtype", "float32"]
+    command = [sys.executable, "-m", "vl2_jax.cli.batch", "--model", "vl2-nano", "--dtype", "float32"]
     command += ["--max-tokens", str(TOKENS), "--max-num-seqs", "4", "--batch-size", "4", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -83,17 +83,17 @@ def test_a_job_goes_on_where_an_engine_failed(tmp_path, monkeypatch):
 
     The first of these tests: Ray forks this process, which JAX must not have been used in before.
     """
-    out, asked, count = tmp_path / "answers", tmp_path / "asked", 8
+    out, asked, mended, count = tmp_path / "answers", tmp_path / "asked", tmp_path / "mended", 8
 
     class Failing:
         def __init__(self, job):
-            self.job = job
+            pass
 
         async def __call__(self, rows):
             names = rows["id"].to_pylist()
             with asked.open("a") as lines:
                 lines.writelines(f"{name}\n" for name in names)
-            while count - 1 in names and self.job.model == "failing":
+            while count - 1 in names and not mended.exists():
                 if [file for file in out.glob("*/*.parquet") if "pending" not in file.name]:
                     raise RuntimeError("EngineCore encountered an issue")
                 await asyncio.sleep(0.1)
@@ -106,11 +106,14 @@ def test_a_job_goes_on_where_an_engine_failed(tmp_path, monkeypatch):
         with pytest.raises(RequestError, match=r"no column 'key' among 'id, question'; name one with --id"):
             batch.answer_all(batch.Job("x", id="key"), data, str(out))
         with pytest.raises(Exception, match="EngineCore"):
-            batch.answer_all(batch.Job("failing"), data, str(out), batch_size=2)
+            batch.answer_all(batch.Job("x"), data, str(out), batch_size=2)
         first = answers_in(out)
         assert 0 < len(first) < count
+        with pytest.raises(RequestError, match=r"answers of another model \('x', now 'y'\); choose another --out"):
+            batch.answer_all(batch.Job("y"), data, str(out))
         asked.unlink()
-        batch.answer_all(batch.Job("whole"), data, str(out), batch_size=2)
+        mended.touch()
+        batch.answer_all(batch.Job("x", devices=2, max_num_seqs=8), data, str(out), batch_size=2)
     finally:
         ray.shutdown()
     assert answers_in(out).keys() == set(range(count))

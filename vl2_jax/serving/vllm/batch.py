@@ -1,7 +1,5 @@
 """Questions about many pictures, answered by an engine on every host of a Ray cluster (Ray Data).
 
-    python -m vl2_jax.serving.vllm.batch --model M --data gs://B/rows --out gs://B/answers --devices 4
-
     Parquet or JSON lines  -->  rows not yet answered  -->  an engine a host, so many rows at once  -->  a Parquet file
 
 A file of answers is whole or not there, and which rows it answers is noted beside it, so a job that was ended goes on
@@ -11,9 +9,9 @@ where it stopped: Ray Data's checkpoints. What is wrong with a row is told in it
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
-import sys
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import tyro
 from PIL import Image
+from pyarrow.fs import FileSystem, FileType
 
 from vl2_jax.config import read_config
 from vl2_jax.errors import ConversationError, ImageError, RequestError, VL2Error, one_line, shown
@@ -47,7 +45,8 @@ ANSWERED = {  # columns, beside the one that names the row
     "finish_reason": pa.string(),
     "error": pa.string(),
 }
-_CHECKPOINTS = ".answered"  # folder in that of the answers
+_CHECKPOINTS, _JOB_FILE = ".answered", ".job.json"  # beside the answers
+_OF_NO_ANSWER = {"devices", "max_num_seqs", "loading", "verify"}  # what no answer depends on, of a job and its loading
 _JSON_LINES = re.compile(r"\.jsonl?(\.gz)?$")
 _AT_ONCE = 2  # batches in an engine: while the last answers of one are written, the next is read
 _LONGEST_ERROR = 200
@@ -194,7 +193,8 @@ def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = No
       batch_size: rows that an engine is given at once, and that are a file of answers.
 
     Raises:
-      RequestError: more engines than the cluster has chips for, files of two kinds, or no column that names a row.
+      RequestError: more engines than the cluster has chips for, files of two kinds, no column that names a row, or a
+        folder with answers of another model or of other options.
     """
     import ray
     from ray.data.checkpoint import CheckpointConfig
@@ -207,10 +207,11 @@ def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = No
             f"{engines} engine(s) of {job.devices} chip(s) are asked for, and the cluster has {chips}; start Ray on "
             "more hosts, or ask for fewer."
         )
-    rows, folder = _read(data), _absolute(out)
+    rows, folder = _read(data), absolute(out)
     schema = rows.schema()
     if job.id not in (names := schema.names if schema else []):
         raise RequestError(f"there is no column {job.id!r} among {shown(', '.join(names))}; name one with --id.")
+    _begin(job, folder)
     rows.context.checkpoint_config = CheckpointConfig(
         job.id, f"{folder}/{_CHECKPOINTS}", delete_checkpoint_on_success=False
     )
@@ -236,78 +237,25 @@ def _read(data: Sequence[str]) -> Any:
     return (ray.data.read_json if kinds == {True} else ray.data.read_parquet)(list(data))
 
 
-def _absolute(path: str) -> str:
+def _begin(job: Job, folder: str) -> None:
+    """Notes what answers in this folder depend on, or compares it with what is noted."""
+    store, path = FileSystem.from_uri(folder)
+    file = f"{path}/{_JOB_FILE}"
+    now = {name: value for name, value in {**asdict(job), **job.loading}.items() if name not in _OF_NO_ANSWER}
+    if store.get_file_info(file).type == FileType.NotFound:
+        store.create_dir(path)
+        with store.open_output_stream(file) as stream:
+            stream.write(json.dumps(now, indent=2).encode())
+        return
+    with store.open_input_stream(file) as stream:
+        old = json.loads(stream.read())
+    if changed := sorted(name for name in {*old, *now} if old.get(name) != now.get(name)):
+        before, after = (shown(told.get(changed[0])) for told in (old, now))
+        raise RequestError(
+            f"{shown(folder)} holds answers of another {changed[0]} ({before}, now {after}); choose another --out."
+        )
+
+
+def absolute(path: str) -> str:
     """The same place in every process."""
     return path if is_remote(path) else os.path.abspath(path)
-
-
-def main(
-    model: str,
-    data: tuple[str, ...],
-    out: str,
-    engines: int | None = None,
-    devices: int = 1,
-    id: str = "id",
-    images: str | None = None,
-    max_tokens: int = 512,
-    max_model_len: int | None = None,
-    max_num_seqs: int = 64,
-    batch_size: int = 256,
-    dtype: str | None = None,
-    weights: str | None = None,
-    adapters: str | None = None,
-    verify: bool = True,
-) -> None:
-    """Answer questions about many pictures on the hosts of a Ray cluster, with vLLM's engine and this model.
-
-    Args:
-        model: Directory of a model that every host sees, here or on a bucket (gs://...); a hub id; or vl2-nano.
-        data: Files or folders of Parquet, or files of JSON lines (.jsonl), here or on a bucket. Columns are question,
-          image (or images: bytes, base64, paths, addresses on a bucket) and --id.
-        out: Folder of answers, likewise. Rows that are answered there already are left out.
-        engines: Engines in the cluster; by default as many as it has chips for.
-        devices: Chips of each engine.
-        id: Column whose value no two rows share.
-        images: Where relative paths of pictures begin; by default the folder of the first file.
-        max_tokens: Longest answer.
-        max_model_len: Tokens that a prompt and its answer may have together; by default the model's context.
-        max_num_seqs: Answers that an engine writes at once.
-        batch_size: Rows that an engine is given at once; those of a file of answers.
-        dtype: bfloat16 or float32; by default the checkpoint's.
-        weights: int8 or int4: the decoder's matrices in so many bits.
-        adapters: Directory of low-rank adapters in PEFT's layout.
-        verify: Check the weights against their manifest while loading.
-    """
-    launch.check_versions()
-    counts = {"engines": engines, "devices": devices, "max-tokens": max_tokens, "max-model-len": max_model_len,
-              "max-num-seqs": max_num_seqs, "batch-size": batch_size}  # fmt: skip
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise RequestError(f"--{name} is {value}; expected at least 1.")
-    if not data:
-        raise RequestError("--data names no file; expected Parquet or JSON lines.")
-    first = path_of(data[0])
-    loading = {"weights": weights, "adapters": adapters and _absolute(adapters), "verify": verify}
-    job = Job(
-        model=_absolute(model) if os.path.isdir(model) else model,
-        devices=devices,
-        id=id,
-        images=_absolute(images or str(first.parent if first.suffix else first)),
-        max_tokens=max_tokens,
-        max_num_seqs=max_num_seqs,
-        context=max_model_len,
-        dtype=dtype,
-        loading={name: value for name, value in loading.items() if value is not None},
-    )
-    job.options()  # what is wrong is told before engines start
-    answer_all(job, data, out, engines, batch_size)
-    print(f"answers are in {out}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    from vl2_jax.serving.vllm import batch  # what goes to actors is known there by this name
-
-    try:
-        tyro.cli(batch.main)
-    except VL2Error as error:
-        sys.exit(f"batch: {error}")
