@@ -46,7 +46,7 @@ ANSWERED = {  # columns, beside the one that names the row
     "error": pa.string(),
 }
 _CHECKPOINTS, _JOB_FILE = ".answered", ".job.json"  # beside the answers
-_OF_NO_ANSWER = {"devices", "max_num_seqs", "loading", "verify"}  # what no answer depends on, of a job and its loading
+_MAY_CHANGE = {"devices", "images", "max_num_seqs", "loading", "verify"}  # of a job, while its answers are written
 _JSON_LINES = re.compile(r"\.jsonl?(\.gz)?$")
 _AT_ONCE = 2  # batches in an engine: while the last answers of one are written, the next is read
 _LONGEST_ERROR = 200
@@ -241,7 +241,7 @@ def _begin(job: Job, folder: str) -> None:
     """Notes what answers in this folder depend on, or compares it with what is noted."""
     store, path = FileSystem.from_uri(folder)
     file = f"{path}/{_JOB_FILE}"
-    now = {name: value for name, value in {**asdict(job), **job.loading}.items() if name not in _OF_NO_ANSWER}
+    now = {name: value for name, value in {**asdict(job), **job.loading}.items() if name not in _MAY_CHANGE}
     if store.get_file_info(file).type == FileType.NotFound:
         store.create_dir(path)
         with store.open_output_stream(file) as stream:
