@@ -103,6 +103,10 @@ def test_a_job_goes_on_where_an_engine_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "Answers", Failing)
     try:
         data = [str(tmp_path / "rows.parquet")]
+        with pytest.raises(RequestError, match=r"there is no data .*nothing\.parquet; correct --data"):
+            batch.answer_all(batch.Job("x"), [str(tmp_path / "nothing.parquet")], str(out))
+        with pytest.raises(RequestError, match=r"one kind"):
+            batch.answer_all(batch.Job("x"), [*data, "rows.jsonl"], str(out))
         with pytest.raises(RequestError, match=r"no column 'key' among 'id, question'; name one with --id"):
             batch.answer_all(batch.Job("x", id="key"), data, str(out))
         with pytest.raises(Exception, match="EngineCore"):

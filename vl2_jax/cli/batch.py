@@ -78,5 +78,5 @@ def batch(
 if __name__ == "__main__":
     try:
         tyro.cli(batch)
-    except (VL2Error, OSError) as error:  # or files that are not there
+    except VL2Error as error:
         sys.exit(f"batch: {on_one_line(str(error))}")

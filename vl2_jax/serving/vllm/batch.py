@@ -193,8 +193,8 @@ def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = No
       batch_size: rows that an engine is given at once, and that are a file of answers.
 
     Raises:
-      RequestError: more engines than the cluster has chips for, files of two kinds, no column that names a row, or a
-        folder with answers of another model or of other options.
+      RequestError: more engines than the cluster has chips for, files of two kinds or none, no column that names a
+        row, or a folder with answers of another model or of other options.
     """
     import ray
     from ray.data.checkpoint import CheckpointConfig
@@ -207,9 +207,8 @@ def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = No
             f"{engines} engine(s) of {job.devices} chip(s) are asked for, and the cluster has {chips}; start Ray on "
             "more hosts, or ask for fewer."
         )
-    rows, folder = _read(data), absolute(out)
-    schema = rows.schema()
-    if job.id not in (names := schema.names if schema else []):
+    (rows, names), folder = _read(data), absolute(out)
+    if job.id not in names:
         raise RequestError(f"there is no column {job.id!r} among {shown(', '.join(names))}; name one with --id.")
     _begin(job, folder)
     rows.context.checkpoint_config = CheckpointConfig(
@@ -227,14 +226,19 @@ def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = No
     ).write_parquet(folder)
 
 
-def _read(data: Sequence[str]) -> Any:
-    """Ray's rows of files."""
+def _read(data: Sequence[str]) -> tuple[Any, list[str]]:
+    """Ray's rows of files, and the names of their columns."""
     import ray
 
     kinds = {_JSON_LINES.search(name) is not None for name in data}
     if len(kinds) != 1:
         raise RequestError("--data takes files of one kind, Parquet or JSON lines (.jsonl).")
-    return (ray.data.read_json if kinds == {True} else ray.data.read_parquet)(list(data))
+    try:
+        rows = (ray.data.read_json if kinds == {True} else ray.data.read_parquet)(list(data))
+        schema = rows.schema()
+    except FileNotFoundError as error:
+        raise RequestError(f"there is no data {one_line(error)}; correct --data.") from None
+    return rows, schema.names if schema else []
 
 
 def _begin(job: Job, folder: str) -> None:
