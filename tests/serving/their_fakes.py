@@ -61,6 +61,30 @@ class Processor:
         return ids, fields
 
 
+class ClientError(Exception):
+    """What is wrong with a request."""
+
+
+class Engine:
+    """Answers every prompt with the ids of `said`, or with an error that is there instead."""
+
+    said = ()
+
+    @classmethod
+    def from_engine_args(cls, arguments):
+        engine = cls()
+        engine.arguments, engine.prompts = arguments, []
+        return engine
+
+    async def generate(self, prompt, sampling, request_id):
+        self.prompts.append(prompt)
+        if isinstance(self.said, Exception):
+            raise self.said
+        ids = self.said[: sampling.max_tokens]
+        for end in range(1, len(ids) + 1):
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=ids[:end], finish_reason="length")])
+
+
 def _fields_of():
     return SimpleNamespace(flat_from_sizes=lambda name, sizes: (name, sizes), batched=lambda name: name)
 
@@ -75,6 +99,8 @@ def install(monkeypatch):
     fake.BaseRenderer, fake.BaseProcessingInfo, fake.BaseDummyInputsBuilder = Renderer, Info, Inputs
     fake.BaseMultiModalProcessor, fake.MultiModalFieldConfig, fake.BatchFeature = Processor, _fields_of(), dict
     fake.PromptReplacement, fake.from_numpy = SimpleNamespace, np.asarray
+    fake.AsyncEngineArgs, fake.SamplingParams, fake.VLLMClientError = SimpleNamespace, SimpleNamespace, ClientError
+    fake.AsyncLLMEngine = type("AsyncLLMEngine", (Engine,), {})
     package = sys.modules.get("vl2_jax.serving.vllm")
     for name in [name for name in sys.modules if name.startswith("vl2_jax.serving.vllm.")]:
         monkeypatch.delitem(sys.modules, name)

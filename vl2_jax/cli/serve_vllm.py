@@ -9,11 +9,10 @@ import re
 import shlex
 from typing import Any
 
-from vl2_jax.cli.flags import OptionalModelFlags
+from vl2_jax.cli.flags import ModelFlags, OptionalModelFlags
 from vl2_jax.cli.serve import (
     DoorFlags,
     LimitFlags,
-    check_context,
     check_door,
     check_limits,
     domains_of,
@@ -51,12 +50,11 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
     from vl2_jax.api import find_model
     from vl2_jax.config import read_config
     from vl2_jax.serving.vllm import launch
-    from vl2_jax.serving.vllm.settings import Settings
 
     launch.check_versions()
     check_limits(limits)
     check_door(door)
-    _refuse_what_is_not_handed_on(model, limits, door)
+    refuse_what_is_not_handed_on(model, limits, door)
     _check_defaults(door.override_generation_config)
     match = _DEVICES.fullmatch(mesh or "expert=1")
     if match is None:
@@ -66,16 +64,13 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
         raise RequestError("--engine vllm takes one key: others would stand in the list of processes; give one.")
     directory = find_model(model.model)
     config = read_config(directory)
-    check_context(limits, config)
-    loading = {name: str(value) if name == "adapters" else value for name, value in model.options(Devices()).items()
-               if name in Settings.__dataclass_fields__ and value is not None}  # fmt: skip
     command = launch.command(
         directory,
         config,
         devices=int(match[1]),
         dtype=model.dtype,
         context=limits.max_model_len,
-        plugin=loading,
+        plugin=loading_of(model),
         flags=_flags(model, limits, door),
         environment={**os.environ, **({"VLLM_API_KEY": keys[0]} if keys else {})},
     )
@@ -84,12 +79,21 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
     os.execve(command.arguments[0], command.arguments, dict(command.environment))
 
 
-def _refuse_what_is_not_handed_on(*groups: OptionalModelFlags | LimitFlags | DoorFlags) -> None:
+def loading_of(model: ModelFlags) -> dict[str, Any]:
+    """What the plug-in is told of how the model is loaded: `settings.Settings` beside the model."""
+    from vl2_jax.serving.vllm.settings import Settings
+
+    return {name: str(value) if name == "adapters" else value for name, value in model.options(Devices()).items()
+            if name in Settings.__dataclass_fields__ and value is not None}  # fmt: skip
+
+
+def refuse_what_is_not_handed_on(*groups: ModelFlags | LimitFlags | DoorFlags) -> None:
+    """Raises RequestError for a flag that was given and that vLLM has nothing for."""
     for flags in groups:
         for field in dataclasses.fields(flags):
             if field.name not in _HANDED_ON and getattr(flags, field.name) != field.default:
                 why = _WHY_NOT.get(field.name, "vLLM has no such thing")
-                raise RequestError(f"--engine vllm knows no --{field.name.replace('_', '-')}: {why}.")
+                raise RequestError(f"vLLM's engine knows no --{field.name.replace('_', '-')}: {why}.")
 
 
 def _check_defaults(text: str | None) -> None:

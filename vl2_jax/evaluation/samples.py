@@ -28,10 +28,10 @@ from vl2_jax.training.sources import fingerprint, open_source, parsed
 
 LETTERS = string.ascii_uppercase
 GROUPS = ("split", "category", "l2-category", "l2_category", "question_type", "subfield", "type")
-_QUESTIONS = ("question", "query", "sent", "expression")
+QUESTIONS = ("question", "query", "sent", "expression")
 _ANSWERS = ("answers", "answer", "label")
 _IDS = ("index", "question_id", "questionId", "id")
-_PICTURES = ("image", "images", "img_path", "image_path")
+PICTURES = ("image", "images", "img_path", "image_path")
 _TABLES = ("*.parquet", "*.arrow")
 _SHORTEST_PICTURE = 65  # characters: what is shorter is the index of the row that holds the picture, as in VLMEvalKit
 
@@ -169,11 +169,11 @@ def _columns(where: str, record: Any) -> dict[str, Any]:
 
 def _read(row: int, where: str, columns: dict[str, Any], folder: Path, picture_at: Any) -> list[Sample]:
     pictures = tuple(_found(picture, folder) for picture in _pictures(columns, picture_at))
-    if not pictures and any(name in columns for name in (*_PICTURES, "image_1")):
+    if not pictures and any(name in columns for name in (*PICTURES, "image_1")):
         return []  # as VLMEvalKit leaves them out
     box = _box(columns)
     expressions = _listed(columns.get("answer")) if box and not columns.keys() & {"sent", "expression"} else []
-    question = given(columns, *_QUESTIONS)
+    question = given(columns, *QUESTIONS)
     if question is None and not expressions:
         raise ConfigError(f"there is no column of the question among {_names(columns)}; expected 'question'.")
     options = _options(columns)
@@ -201,7 +201,7 @@ def _pictures(columns: dict[str, Any], picture_at: Any) -> list[Any]:
     numbered = [name for name in columns if re.fullmatch(r"image_\d", name) and columns[name] is not None]
     if numbered:
         return [columns[name] for name in sorted(numbered)]
-    value = given(columns, *_PICTURES)
+    value = given(columns, *PICTURES)
     if is_empty(value):
         return []
     if "index" not in columns or not isinstance(value, str) or columns.get("image") is None:

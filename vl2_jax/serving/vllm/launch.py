@@ -1,4 +1,4 @@
-"""`vllm serve` with all that this model needs: the command and its environment, told before anything is imported.
+"""vLLM with all that this model needs: the options of its engine, and `vllm serve` as a command with its environment.
 
 pages of 128        a multiple of 32: with 16, vLLM 0.32 lets sequences read each other's latents. Its own 1024 share
                     no prompt shorter than that
@@ -30,6 +30,8 @@ VERSIONS = {"vllm-tpu": "0.32.0", "tpu-inference": "0.32.0"}  # those of the ext
 _OLDEST_PYTHON = (3, 12)  # that the JAX of these versions runs on
 _PAGE = 128
 _FEWEST_TOKENS = 2048  # of a step
+REQUIRED = {"NEW_MODEL_DESIGN": "1"}  # of the environment of vLLM's processes
+WISHED = {"VLLM_NO_USAGE_STATS": "1"}  # likewise, where nothing else is set
 _HEAD = (CONFIG_FILE, PROCESSOR_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)  # what vLLM's processes read
 
 
@@ -70,40 +72,69 @@ def command(
     """How `vllm serve` is called.
 
     Args:
+      flags: further ones, as vLLM takes them; other arguments are those of `options`.
+      environment: of this process.
+
+    Raises:
+      RequestError: see `options`.
+    """
+    told = options(directory, config, devices=devices, dtype=dtype, context=context, plugin=plugin)
+    model = told.pop("model")
+    own = [part for name, value in told.items() for part in _flag(name.replace("_", "-"), value)]
+    arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *own, *flags]
+    return Command(tuple(arguments), {**WISHED, **environment, **REQUIRED})
+
+
+def options(
+    directory: Path,
+    config: VL2Config,
+    *,
+    devices: int,
+    dtype: str | None,
+    context: int | None,
+    plugin: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What vLLM's engine has to be told, by the names of its arguments.
+
+    Args:
       directory: of the model; what vLLM reads of a bucket is copied.
       devices: over which sequences and experts are spread.
       context: positions of a prompt and its answer, at most the model's; `None` is as many.
       plugin: `settings.Settings` beside the model.
-      flags: further ones, as vLLM takes them.
-      environment: of this process.
 
     Raises:
-      RequestError: a number of devices that vLLM does not take.
+      RequestError: a number of devices that vLLM does not take, or more than the model's context.
     """
-    heads = config.language_config.num_attention_heads
+    heads, positions = config.language_config.num_attention_heads, config.language_config.max_position_embeddings
+    if context is not None and context > positions:
+        raise RequestError(f"--max-model-len is {context}; the model's context holds {positions}.")
     if heads % devices:
         raise RequestError(f"vLLM takes numbers of devices that divide the {heads} heads of this model, not {devices}.")
     processor = read_processor_config(directory)
     largest = visual_token_count(largest_raster(processor.rasters, processor.token_grid), processor.token_grid)
     strategy: dict[str, Any] = {"enable_dp_attention": True, "attn_dp_size": devices}
-    told = {"sharding": {"sharding_strategy": strategy}, MODE: {"model": str(directory), **plugin}}
-    arguments = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(_head_of(directory)),
-        "--tokenizer-mode", MODE,
-        "--generation-config", "vllm",
-        "--dtype", dtype or _stored(config),
-        "--max-model-len", str(context or config.language_config.max_position_embeddings),
-        "--block-size", str(_PAGE),
-        "--max-num-batched-tokens", str(1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length()),
-        "--disable-chunked-mm-input",
-        "--no-async-scheduling",
-        "--tensor-parallel-size", str(devices),
-        "--additional-config", json.dumps(told),
-        *flags,
-    ]  # fmt: skip
-    required = {"NEW_MODEL_DESIGN": "1"}
-    wished = {"VLLM_NO_USAGE_STATS": "1"}
-    return Command(tuple(arguments), {**wished, **environment, **required})
+    return {
+        "model": str(_head_of(directory)),
+        "tokenizer_mode": MODE,
+        "generation_config": "vllm",
+        "dtype": dtype or _stored(config),
+        "max_model_len": context or positions,
+        "block_size": _PAGE,
+        "max_num_batched_tokens": 1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length(),
+        "disable_chunked_mm_input": True,
+        "async_scheduling": False,
+        "tensor_parallel_size": devices,
+        "additional_config": {
+            "sharding": {"sharding_strategy": strategy},
+            MODE: {"model": str(directory), **plugin},
+        },
+    }
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def _stored(config: VL2Config) -> str:

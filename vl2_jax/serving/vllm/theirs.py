@@ -6,6 +6,8 @@ from tpu_inference.layers.common.attention_interface import mla_attention as att
 from tpu_inference.layers.common.sharding import ShardingAxisName
 from tpu_inference.models.common.model_loader import register_model
 from transformers import BatchFeature, TokenizersBackend
+from vllm import AsyncEngineArgs, AsyncLLMEngine, SamplingParams
+from vllm.exceptions import VLLMClientError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import (
@@ -21,6 +23,8 @@ from vllm.tokenizers.registry import TokenizerRegistry
 __all__ = [
     "MULTIMODAL_REGISTRY",
     "RENDERER_REGISTRY",
+    "AsyncEngineArgs",
+    "AsyncLLMEngine",
     "BaseDummyInputsBuilder",
     "BaseMultiModalProcessor",
     "BaseProcessingInfo",
@@ -28,9 +32,11 @@ __all__ = [
     "BatchFeature",
     "MultiModalFieldConfig",
     "PromptReplacement",
+    "SamplingParams",
     "ShardingAxisName",
     "TokenizerRegistry",
     "TokenizersBackend",
+    "VLLMClientError",
     "attend_to_heads",
     "attend_to_latents",
     "from_numpy",
