@@ -24,6 +24,7 @@ LINES = (
     "serve nowhere --port 0 --api-key k --max-num-seqs 2 --served-model-name n --allowed-media-domains example.org",
     "demo nowhere --port 0 --max-num-seqs 2 --mesh auto",
     "chat --server http://127.0.0.1:9 --api-key k",
+    "batch --model nowhere --out there --data nowhere.parquet --engines 2 --devices 4 --id n",
     "info nowhere --json",
     "info vl2-nano",
     "doctor",
@@ -36,7 +37,9 @@ typed = (
         ["x" * 5000, "word " * 2000, "[" * 3000, "\x1b[2J" * 999, "é" * 4000, "/x" * 2500, "\udce9" * 300]
     )
     | st.sampled_from([f"{scheme}://host/model" for scheme in ("http", "ftp", "gs", "s3", "az", "hf", "foo")])
-    | st.sampled_from(["gs://", "hf://one", "foo:/", "http://[::1", "gs://b/\0", "file:///nowhere", "://"])
+    | st.sampled_from(
+        ["gs://", "hf://one", "foo:/", "http://[::1", "https://x]y:-3", "gs://b/\0", "file:///nowhere", "://"]
+    )
     | st.sampled_from(["9" * 5000, "--" + "y" * 3000, "--prompt=" + "z" * 4000, "--image=" + "q" * 4000])
     | st.text(max_size=12)
 )
@@ -58,6 +61,8 @@ def nothing_is_fetched_or_written(tmp_path_factory):
 @example("info nowhere", [("value", 0, "x" * 5000)])
 @example("info nowhere", [("value", 0, "a/" + "x" * 5000)])
 @example("info nowhere", [("value", 0, "~nobody-by-this-name")])
+@example("chat --server http://127.0.0.1:9 --api-key k", [("value", 0, "http://[::1")])
+@example("chat --server http://127.0.0.1:9 --api-key k", [("value", 0, "https://x]y:99999999")])
 def test_a_command_line_is_done_or_refused_in_one_line(line, changed):
     _refused_in_one_line(_changed(line.split(), changed))
 

@@ -1,4 +1,4 @@
-"""`python -m vl2_jax.cli.batch`: Ray Data over rows with pictures, an engine an actor."""
+"""`vl2 batch`: Ray Data over rows with pictures, an engine an actor."""
 
 import asyncio
 import base64
@@ -41,7 +41,7 @@ def run(*arguments):
     paths = os.pathsep.join([str(ON_CPU), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": paths}
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]  # each engine has a process beside its actor
-    command = [sys.executable, "-m", "vl2_jax.cli.batch", "--model", "vl2-nano", "--dtype", "float32"]
+    command = [sys.executable, "-m", "vl2_jax.cli", "batch", "--model", "vl2-nano", "--dtype", "float32"]
     command += ["--max-tokens", str(TOKENS), "--max-num-seqs", "4", "--batch-size", "4", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -1,16 +1,13 @@
-"""`python -m vl2_jax.cli.batch`: questions about many pictures, to an engine of vLLM on every host of a cluster."""
+"""`vl2 batch`: questions about many pictures, to an engine of vLLM on every host of a cluster."""
 
 from __future__ import annotations
 
 import os
-import sys
-
-import tyro
 
 from vl2_jax.cli.flags import Model, Repeated
 from vl2_jax.cli.serve_vllm import loading_of, refuse_what_is_not_handed_on
-from vl2_jax.cli.terminal import on_one_line, tell
-from vl2_jax.errors import RequestError, VL2Error
+from vl2_jax.cli.terminal import tell
+from vl2_jax.errors import RequestError
 from vl2_jax.files import path_of
 
 
@@ -29,7 +26,7 @@ def batch(
 ) -> None:
     """Answer questions about many pictures on the hosts of a Ray cluster, with vLLM's engine and this model.
 
-    Example: python -m vl2_jax.cli.batch --model vl2-nano --data rows.parquet --out answers
+    Example: vl2 batch --model vl2-nano --data rows.parquet --out answers
 
     Args:
         out: Folder of answers, here or on a bucket. Rows that are answered there already are left out.
@@ -73,10 +70,3 @@ def batch(
     job.options()  # what is wrong is told before engines start
     answer_all(job, data, out, engines, batch_size)
     tell(f"answers are in {out}")
-
-
-if __name__ == "__main__":
-    try:
-        tyro.cli(batch)
-    except VL2Error as error:
-        sys.exit(f"batch: {on_one_line(str(error))}")

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import tyro
 
 from vl2_jax import __version__
+from vl2_jax.cli.batch import batch
 from vl2_jax.cli.chat import chat
 from vl2_jax.cli.convert import convert
 from vl2_jax.cli.demo import demo
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "serve": serve,
     "demo": demo,
+    "batch": batch,
     "convert": convert,
     "export": export,
     "train": train,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -39,7 +38,7 @@ class Server:
 
     def __init__(self, address: str, model: str = "", key: str | None = None):
         self._address = address.rstrip("/").removesuffix("/v1")
-        if urlsplit(address).scheme not in ("http", "https"):
+        if not address.lower().startswith(("http://", "https://")):  # more of it is read where it is opened
             raise RequestError(f"--server is {shown(address)}; expected an address such as http://127.0.0.1:8000.")
         self._key = os.environ.get("VL2_API_KEY", "") if key is None else key
         self.model = model or str(self._json("/v1/models")["data"][0]["id"])

@@ -4,7 +4,7 @@
                                                  prompts     messages to ids, as released
                                                  pictures    pictures to tiles and places in the prompt
     vl2 serve --engine vllm --> launch           sets what must be set, and becomes `vllm serve`
-    vl2_jax.cli.batch       --> batch            the same engine in actors of Ray Data, over rows of files
+    vl2 batch               --> batch            the same engine in actors of Ray Data, over rows of files
 
 All that is taken from vLLM is imported in `theirs`, for its packages are being renamed. Importing this package imports
 none of it.
