@@ -97,6 +97,14 @@ def first_layers(tmp_path_factory):
     return cut
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hypothesis draws the same in every run, unless a profile is chosen."""
+    if config.pluginmanager.hasplugin("hypothesispytest") and not config.getoption("--hypothesis-profile"):
+        from hypothesis import settings
+
+        settings.load_profile("ci")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """A compiled program holds megabytes, an interpreted kernel hundreds, and no other module's tests call it."""
