@@ -14,6 +14,7 @@ import pytest
 ON_CPU = Path(__file__).with_name("on_cpu")
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "NEW_MODEL_DESIGN": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

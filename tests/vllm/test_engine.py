@@ -53,6 +53,16 @@ def test_everyone_gets_what_they_would_get_alone(make_engine, model):
     assert min(output.num_cached_tokens for output in outputs) >= 32  # all but the last page of each prompt
 
 
+@pytest.mark.parametrize(("model", "devices"), [("vl2-nano", 2), ("nano-tiny", 4), ("nano-small", 4)])
+def test_several_devices_answer_as_one_does(make_engine, model, devices):
+    """Each has sequences of its own and a part of the experts."""
+    directory = find_model(model) if model == "vl2-nano" else GOLDENS / model
+    vl2, engine = vl2_jax.load(directory, dtype="float32"), make_engine(directory, devices)
+    outputs = engine.generate([prompt_of(vl2, conversation(number)) for number in range(8)], greedy(), use_tqdm=False)
+    for number, output in enumerate(outputs):
+        check(vl2, conversation(number), output)
+
+
 @pytest.fixture(scope="module")
 def nano(make_engine):
     directory = find_model("vl2-nano")

@@ -101,7 +101,9 @@ def _at_lowest_height(block, rows, of_height, carried):
 
     A block costs what its height costs, full or not.
     """
-    heights = (block,) if block < 64 else (block // 2, block * 3 // 4, block * 7 // 8, block)
+    if block < 64:
+        return of_height(block, carried)  # without a choice, whose table of no heights crashes jax 0.11 on meshes
+    heights = (block // 2, block * 3 // 4, block * 7 // 8, block)
     lowest = (rows > jnp.asarray(heights[:-1], jnp.int32)).sum()
     return jax.lax.switch(lowest, [partial(of_height, height) for height in heights], carried)
 
