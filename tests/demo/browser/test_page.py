@@ -165,7 +165,7 @@ def test_a_conversation_is_begun_anew(site, tab, picture, how):
     before = set(site.folder.iterdir())
     tab.page.locator(f"#{how}" if how == "new" else f"#chat button[title={how}]").click()
     expect(tab.answers).to_have_count(0)
-    assert len(before - set(site.folder.iterdir())) == 1  # its files are gone
+    wait_until(lambda: len(before - set(site.folder.iterdir())) == 1)  # its files are gone
     expect(tab.page.locator("#tiles img")).to_have_count(0)
     tab.ask("Hello")
     assert site.engine.requests[-1].prompt.image_sizes == ()
