@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from convert.checkpoint import describe, dtype_of, finish, replace_directory, unfinished_directory, write_piece
+from convert.checkpoint import describe, dtype_of, finish, pieces, replace_directory, unfinished_directory, write_piece
 from convert.quantise import checked_kind, in_kind
 from convert.safetensors_files import INDEX_FILE, layout_file
 from convert.weight_map import plan, torch_shapes
@@ -55,7 +55,7 @@ def create(preset: str, destination: Path, seed: int = 0, report: Report = silen
 
 
 def create_quantised(preset: str, destination: Path, kind: str, seed: int = 0, report: Report = silent) -> None:
-    """Writes a random converted checkpoint; one parameter at a time is drawn and rounded."""
+    """Writes a random converted checkpoint; one parameter at a time is drawn and rounded, and a layer is written."""
     destination = local_destination(destination, "a random checkpoint")
     kind, tables = checked_kind(kind), read_preset(preset)
     config = VL2Config.from_hf(tables["model"])
@@ -64,10 +64,13 @@ def create_quantised(preset: str, destination: Path, kind: str, seed: int = 0, r
     dtype, leaves = dtype_of(config.torch_dtype), plan(config)
     random = np.random.default_rng(seed)
     tensors: dict[str, dict[str, Any]] = {}
-    for number, leaf in enumerate(leaves):
-        report("drawing weights", number, len(leaves))
-        drawn = [_random_tensor(random, key, leaf.torch_shape).astype(dtype) for key in leaf.keys]
-        arrays = in_kind({leaf.path: leaf.assemble(drawn, dtype)}, kind)
+    done = 0
+    for group in pieces(leaves):  # writing a piece takes longer the more there are already: Small has 725 parameters
+        arrays: dict[str, Any] = {}
+        for leaf in group:
+            report("drawing weights", done := done + 1, len(leaves))
+            drawn = [_random_tensor(random, key, leaf.torch_shape).astype(dtype) for key in leaf.keys]
+            arrays |= in_kind({leaf.path: leaf.assemble(drawn, dtype)}, kind)
         write_piece(new, arrays)
         tensors |= {path: describe(array) for path, array in arrays.items()}
     finish(new, tensors)
