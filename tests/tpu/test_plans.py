@@ -65,13 +65,16 @@ def test_an_int8_cache_takes_half_the_memory():
 
 
 @pytest.mark.parametrize(
-    ("stage", "topology", "mesh", "batch", "layers"),
+    ("stage", "topology", "mesh", "batch", "layers", "blocks"),
     # What travels is the same in every layer, and whole models take minutes to compile: it is one where memory counts.
-    [("sft", "v5e:2x4", "fsdp=2,expert=4", 8, 3), ("lora", "v5e:1x1", "auto", 1, 12)],
+    [("sft", "v5e:2x4", "fsdp=2,expert=4", 8, 3, 2), ("lora", "v5e:1x1", "auto", 1, 12, 27)],
 )
-def test_training_fits_and_weights_travel_only_where_they_are_trained(stage, topology, mesh, batch, layers):
+def test_training_fits_and_weights_travel_only_where_they_are_trained(stage, topology, mesh, batch, layers, blocks):
     config, recipe = VL2Config.preset("vl2-tiny"), read_recipe(f"{stage}-tiny")
-    config = config.replace(language_config=config.language_config.replace(num_hidden_layers=layers))
+    config = config.replace(
+        language_config=config.language_config.replace(num_hidden_layers=layers),
+        vision_config=config.vision_config.replace(layers=blocks),
+    )
     plan = make_plan("vl2-tiny", config, topology, "train", batch=batch, context=4096, mesh=mesh, recipe=recipe)
     assert plan.fits
     weights = sum(plan.memory[kind] for kind in ("routed experts", "other language weights", "vision and projector"))
