@@ -67,7 +67,7 @@ def test_an_int8_cache_takes_half_the_memory():
 @pytest.mark.parametrize(
     ("stage", "topology", "mesh", "batch", "layers", "blocks"),
     # What travels is the same in every layer, and whole models take minutes to compile: it is one where memory counts.
-    [("sft", "v5e:2x4", "fsdp=2,expert=4", 8, 3, 2), ("lora", "v5e:1x1", "auto", 1, 12, 27)],
+    [("sft", "v5e:2x4", "fsdp=2,expert=4", 8, 5, 2), ("lora", "v5e:1x1", "auto", 1, 12, 27)],
 )
 def test_training_fits_and_weights_travel_only_where_they_are_trained(stage, topology, mesh, batch, layers, blocks):
     config, recipe = VL2Config.preset("vl2-tiny"), read_recipe(f"{stage}-tiny")
