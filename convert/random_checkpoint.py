@@ -68,9 +68,10 @@ def create_quantised(preset: str, destination: Path, kind: str, seed: int = 0, r
     for group in pieces(leaves):  # writing a piece takes longer the more there are already: Small has 725 parameters
         arrays: dict[str, Any] = {}
         for leaf in group:
-            report("drawing weights", done := done + 1, len(leaves))
+            report("drawing weights", done, len(leaves))
             drawn = [_random_tensor(random, key, leaf.torch_shape).astype(dtype) for key in leaf.keys]
             arrays |= in_kind({leaf.path: leaf.assemble(drawn, dtype)}, kind)
+            done += 1
         write_piece(new, arrays)
         tensors |= {path: describe(array) for path, array in arrays.items()}
     finish(new, tensors)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from vl2_jax import spellings
-from vl2_jax.errors import ConfigError, shown
+from vl2_jax.errors import ConfigError, RequestError, shown
 from vl2_jax.fields import ReleasedFields, require_positive, source_field
 from vl2_jax.files import is_file_on, path_of, why_not_whole
 
@@ -157,6 +157,17 @@ class LanguageConfig(ReleasedFields):
     @property
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim if self.use_mla else self.head_dim
+
+    def checked_context(self, wanted: int | None) -> int:
+        """Positions of a prompt and its answer: as many as are wanted, or all that the model has.
+
+        Raises:
+          RequestError: the model has fewer.
+        """
+        most = self.max_position_embeddings
+        if wanted is not None and wanted > most:
+            raise RequestError(f"--max-model-len is {wanted}; the model's context holds {most}.")
+        return wanted or most
 
     def is_moe_layer(self, layer: int) -> bool:
         return (

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import numpy as np
@@ -23,6 +23,7 @@ from vl2_jax.installation import install_line
 # Two letters at least: one is a drive. One slash is enough: `pathlib` keeps no more.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _LFS_POINTER, _LARGEST_POINTER = b"version https://git-lfs.github.com/spec/", 1024
+Answer = TypeVar("Answer")
 _COPIERS = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}
 
 
@@ -91,6 +92,11 @@ def is_folder_on(path: Path) -> bool:
     return _asked(path.is_dir, path)
 
 
+def read_file(path: Path) -> bytes:
+    """All bytes of a file, here or on a bucket; raises as `is_file_on`."""
+    return _asked(path.read_bytes, path)
+
+
 def why_not_whole(path: Path) -> str:
     """What keeps a file from being what its name says, and the remedy: a link to nothing, a Git LFS pointer, or ""."""
     if not is_remote(path) and path.is_symlink() and not path.exists():
@@ -138,7 +144,7 @@ def _here(path: str | os.PathLike[str], refusal: str, remedy: str, order: tuple[
     raise CheckpointError(f"{refusal} {shown(address, 200)}; {remedy} {line}.")
 
 
-def _asked(question: Callable[[], bool], path: Path) -> bool:
+def _asked(question: Callable[[], Answer], path: Path) -> Answer:
     try:
         return question()
     except ImportError as error:

@@ -27,7 +27,8 @@ def answers(monkeypatch):
     their_fakes.install(monkeypatch)
     from vl2_jax.serving.vllm import batch
 
-    yield batch.Answers(batch.Job("vl2-nano", images=str(GOLDENS / "images"), dtype="float32"))
+    images = str(GOLDENS / "images")
+    yield batch.Answers(batch.Job("vl2-nano", 1, "id", images, max_tokens=512, max_num_seqs=64, dtype="float32"))
     for name in [name for name in sys.modules if name.startswith("vl2_jax.serving.vllm.")]:
         del sys.modules[name]  # they know the fakes
 

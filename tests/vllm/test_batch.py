@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,23 +102,24 @@ def test_a_job_goes_on_where_an_engine_failed(tmp_path, monkeypatch):
 
     pq.write_table(pa.table({"id": range(count), "question": ["What?"] * count}), tmp_path / "rows.parquet")
     monkeypatch.setattr(batch, "Answers", Failing)
+    job = batch.Job("x", devices=1, id="id", images=".", max_tokens=TOKENS, max_num_seqs=4)
     try:
         data = [str(tmp_path / "rows.parquet")]
         with pytest.raises(RequestError, match=r"there is no data .*nothing\.parquet; correct --data"):
-            batch.answer_all(batch.Job("x"), [str(tmp_path / "nothing.parquet")], str(out))
+            batch.answer_all(job, [str(tmp_path / "nothing.parquet")], str(out), None, 2)
         with pytest.raises(RequestError, match=r"one kind"):
-            batch.answer_all(batch.Job("x"), [*data, "rows.jsonl"], str(out))
+            batch.answer_all(job, [*data, "rows.jsonl"], str(out), None, 2)
         with pytest.raises(RequestError, match=r"no column 'key' among 'id, question'; name one with --id"):
-            batch.answer_all(batch.Job("x", id="key"), data, str(out))
+            batch.answer_all(replace(job, id="key"), data, str(out), None, 2)
         with pytest.raises(Exception, match="EngineCore"):
-            batch.answer_all(batch.Job("x"), data, str(out), batch_size=2)
+            batch.answer_all(job, data, str(out), None, 2)
         first = answers_in(out)
         assert 0 < len(first) < count
         with pytest.raises(RequestError, match=r"answers of another model \('x', now 'y'\); choose another --out"):
-            batch.answer_all(batch.Job("y"), data, str(out))
+            batch.answer_all(replace(job, model="y"), data, str(out), None, 2)
         asked.unlink()
         mended.touch()
-        batch.answer_all(batch.Job("x", devices=2, max_num_seqs=8), data, str(out), batch_size=2)
+        batch.answer_all(replace(job, devices=2, max_num_seqs=8), data, str(out), None, 2)
     finally:
         ray.shutdown()
     assert answers_in(out).keys() == set(range(count))

@@ -159,7 +159,7 @@ def limits_of(model: ModelFlags, flags: LimitFlags, mesh: str | None) -> Any:
     check_limits(flags)
     cache, directory = checked_cache(model.cache), find_model(model.model)
     config = read_config(directory)
-    check_context(flags, config)
+    config.language_config.checked_context(flags.max_model_len)
     limits = Limits(
         max_running=flags.max_num_seqs,
         max_waiting=flags.max_num_queued_reqs,
@@ -213,13 +213,6 @@ def check_door(door: DoorFlags) -> None:
 def check_port(port: int) -> None:
     if not 0 <= port < 1 << 16:
         raise RequestError(f"--port is {port}; expected a number from 0 to 65535.")
-
-
-def check_context(flags: LimitFlags, config: Any) -> None:
-    """Raises RequestError for more than the model's context."""
-    context = config.language_config.max_position_embeddings
-    if flags.max_model_len is not None and flags.max_model_len > context:
-        raise RequestError(f"--max-model-len is {flags.max_model_len}; the model's context holds {context}.")
 
 
 def _check_at_least(least: int, flags: Any, *names: str) -> None:

@@ -63,19 +63,19 @@ def become_vllm(model: OptionalModelFlags, limits: LimitFlags, door: DoorFlags, 
     if len(keys) > 1:
         raise RequestError("--engine vllm takes one key: others would stand in the list of processes; give one.")
     directory = find_model(model.model)
-    config = read_config(directory)
-    command = launch.command(
+    told = launch.options(
         directory,
-        config,
+        read_config(directory),
         devices=int(match[1]),
         dtype=model.dtype,
         context=limits.max_model_len,
         plugin=loading_of(model),
-        flags=_flags(model, limits, door),
-        environment={**os.environ, **({"VLLM_API_KEY": keys[0]} if keys else {})},
     )
+    environment = {**os.environ, **({"VLLM_API_KEY": keys[0]} if keys else {})}
+    command = launch.command(told, _flags(model, limits, door), environment)
     warn_if_open([key] if (key := command.environment.get("VLLM_API_KEY")) else [], door.host, door.port)
-    tell(f"NEW_MODEL_DESIGN=1 {shlex.join(command.arguments)}")
+    settings = (f"{name}={value}" for name, value in launch.REQUIRED.items())
+    tell(f"{' '.join(settings)} {shlex.join(command.arguments)}")
     os.execve(command.arguments[0], command.arguments, dict(command.environment))
 
 

@@ -227,8 +227,12 @@ class Generator:
     @property
     def chunking(self) -> Chunking:
         """How prompts are cut, where the parameters lie."""
-        leaf = jax.tree.leaves(self.params)[0]
-        return chunking(next(iter(leaf.devices())).platform, self.chunk_size, self.model.layout.devices)
+        return chunking(self.platform, self.chunk_size, self.model.layout.devices)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that hold the parameters."""
+        return next(iter(jax.tree.leaves(self.params)[0].devices())).platform
 
 
 def steps_a_call(seconds: float) -> int:

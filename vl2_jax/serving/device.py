@@ -54,8 +54,9 @@ class Device:
         self.context = min(limits.context or config.max_position_embeddings, config.max_position_embeddings)
         self.lengths = vl2.generator.chunking.within(self.context).lengths()
         self.seconds = dict.fromkeys(self.lengths, 0.0)
-        platform = next(iter(jax.tree.leaves(vl2.params)[0].devices())).platform
-        self.pages = pages_for(vl2.config, weights, vl2.model.dtype, limits, vl2.model.cache_kind, platform=platform)
+        self.pages = pages_for(
+            vl2.config, weights, vl2.model.dtype, limits, vl2.model.cache_kind, platform=vl2.generator.platform
+        )
         spare = 0 if PAGE % self.lengths[-1] == 0 else self.lengths[-1]  # of a last chunk that begins anywhere
         self._per = -(-(self.context + spare) // PAGE)
         self._slot_count, self._vocabulary = limits.max_running, config.vocab_size

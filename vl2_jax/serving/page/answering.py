@@ -79,7 +79,7 @@ async def _filled(
     if turn.is_stopped:
         return
     await asyncio.to_thread(gallery.add, pictures, request.prompt, salt)
-    gallery.tidy(turns, salt)
+    await asyncio.to_thread(gallery.tidy, turns, salt)
     turn.boxes_on = picture_at(request.prompt, request.boxes_on) if pictures else -1
     size = pictures[turn.boxes_on].size if pictures else None
     turn.phase, turn.usage = "thinking", Usage(len(request.prompt), request.prompt.picture_tokens)

@@ -23,9 +23,9 @@ from PIL import Image
 from pyarrow.fs import FileSystem, FileType
 
 from vl2_jax.config import read_config
-from vl2_jax.errors import ConversationError, ImageError, RequestError, VL2Error, one_line, shown
+from vl2_jax.errors import ConversationError, ImageError, RequestError, one_line, shown
 from vl2_jax.evaluation.samples import PICTURES, QUESTIONS
-from vl2_jax.files import is_remote, path_of
+from vl2_jax.files import is_remote, path_of, read_file
 from vl2_jax.processing.batch import Processor
 from vl2_jax.processing.grounding import parse_boxes
 from vl2_jax.processing.images import load_image
@@ -69,11 +69,11 @@ class Job:
     """
 
     model: str
-    devices: int = 1
-    id: str = "id"
-    images: str = "."
-    max_tokens: int = 512
-    max_num_seqs: int = 64
+    devices: int
+    id: str
+    images: str
+    max_tokens: int
+    max_num_seqs: int
     context: int | None = None
     dtype: str | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def read_pictures(row: Mapping[str, Any], folder: Path) -> list[Image.Image]:
       folder: where relative paths begin, here or on a bucket.
 
     Raises:
-      ImageError: one of them cannot be read, or the column is empty.
+      VL2Error: one of them cannot be read, or the column is empty.
     """
     found = [in_folder(picture, folder) for picture in pictures_of(given(row, *PICTURES) or [])]
     if not found and any(name in row for name in PICTURES):
@@ -153,14 +153,7 @@ def read_pictures(row: Mapping[str, Any], folder: Path) -> list[Image.Image]:
 
 def _content(picture: Any) -> Any:
     """The bytes of what lies on a bucket; anything else as it is."""
-    if not isinstance(picture, str) or not is_remote(picture):
-        return picture
-    try:
-        return path_of(picture).read_bytes()
-    except VL2Error:
-        raise
-    except Exception as error:  # each kind of bucket has its own
-        raise ImageError(f"image {shown(picture)} cannot be read ({one_line(error)}).") from None
+    return read_file(path_of(picture)) if isinstance(picture, str) and is_remote(picture) else picture
 
 
 def question_of(row: Mapping[str, Any], pictures: Sequence[Any]) -> list[dict[str, Any]]:
@@ -183,7 +176,7 @@ def answer_of(processor: Processor, ids: Sequence[int], pictures: Sequence[Image
     return {"answer": text, "boxes": [asdict(box) for box in boxes], "token_ids": list(ids)}
 
 
-def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None = None, batch_size: int = 256) -> None:
+def answer_all(job: Job, data: Sequence[str], out: str, engines: int | None, batch_size: int) -> None:
     """Answers what is not answered yet, on the cluster that this process belongs to, or else on this machine.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any
 
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, read_processor_config
 from vl2_jax.errors import RequestError, VL2Error
-from vl2_jax.files import is_file_on, is_remote
+from vl2_jax.files import is_file_on, is_remote, read_file
 from vl2_jax.installation import install_line
 from vl2_jax.processing.tiling import largest_raster, visual_token_count
 from vl2_jax.processing.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -53,35 +53,21 @@ def check_versions(version_of: Callable[[str], str] = metadata.version) -> None:
         try:
             found = version_of(name)
         except metadata.PackageNotFoundError:
-            raise VL2Error(f"--engine vllm needs {name} {wanted}, which is not installed; {remedy}") from None
+            raise VL2Error(f"vLLM's engine needs {name} {wanted}, which is not installed; {remedy}") from None
         if found != wanted:
-            raise VL2Error(f"--engine vllm is for {name} {wanted} and not for {found}, which is installed; {remedy}")
+            raise VL2Error(f"the plug-in is for {name} {wanted} and not for {found}, which is installed; {remedy}")
 
 
-def command(
-    directory: Path,
-    config: VL2Config,
-    *,
-    devices: int,
-    dtype: str | None,
-    context: int | None,
-    plugin: Mapping[str, Any],
-    flags: Sequence[str],
-    environment: Mapping[str, str],
-) -> Command:
+def command(told: Mapping[str, Any], flags: Sequence[str], environment: Mapping[str, str]) -> Command:
     """How `vllm serve` is called.
 
     Args:
-      flags: further ones, as vLLM takes them; other arguments are those of `options`.
+      told: see `options`.
+      flags: further ones, as vLLM takes them.
       environment: of this process.
-
-    Raises:
-      RequestError: see `options`.
     """
-    told = options(directory, config, devices=devices, dtype=dtype, context=context, plugin=plugin)
-    model = told.pop("model")
-    own = [part for name, value in told.items() for part in _flag(name.replace("_", "-"), value)]
-    arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *own, *flags]
+    own = [part for name, value in told.items() if name != "model" for part in _flag(name.replace("_", "-"), value)]
+    arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", told["model"], *own, *flags]
     return Command(tuple(arguments), {**WISHED, **environment, **REQUIRED})
 
 
@@ -105,9 +91,7 @@ def options(
     Raises:
       RequestError: a number of devices that vLLM does not take, or more than the model's context.
     """
-    heads, positions = config.language_config.num_attention_heads, config.language_config.max_position_embeddings
-    if context is not None and context > positions:
-        raise RequestError(f"--max-model-len is {context}; the model's context holds {positions}.")
+    context, heads = config.language_config.checked_context(context), config.language_config.num_attention_heads
     if heads % devices:
         raise RequestError(f"vLLM takes numbers of devices that divide the {heads} heads of this model, not {devices}.")
     processor = read_processor_config(directory)
@@ -118,7 +102,7 @@ def options(
         "tokenizer_mode": MODE,
         "generation_config": "vllm",
         "dtype": dtype or _stored(config),
-        "max_model_len": context or positions,
+        "max_model_len": context,
         "block_size": _PAGE,
         "max_num_batched_tokens": 1 << (max(largest, _FEWEST_TOKENS) - 1).bit_length(),
         "disable_chunked_mm_input": True,
@@ -146,16 +130,14 @@ def _head_of(directory: Path) -> Path:
     """A folder on this machine with the small files of a model, which may lie on a bucket.
 
     Raises:
-      RequestError: the bucket cannot be read, or the folder not be written.
+      CheckpointError: the bucket cannot be read.
+      RequestError: the folder cannot be written.
     """
     if not is_remote(directory):
         return directory
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
     folder = Path.home() / ".cache" / "vl2-jax" / "vllm" / name
-    try:
-        files = {file: (directory / file).read_bytes() for file in _HEAD if is_file_on(directory / file)}
-    except OSError as error:
-        raise RequestError(f"{directory} cannot be read ({error.strerror or error}); try again.") from None
+    files = {file: read_file(directory / file) for file in _HEAD if is_file_on(directory / file)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
