@@ -48,6 +48,8 @@ def plan(
         save: Draw memory and time to a picture.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the compiler is wanted, not the chip
+    from convert.quantise import checked_kind
+    from vl2_jax.model.attention import checked_cache
     from vl2_jax.planning import picture
     from vl2_jax.planning import plan as planning
     from vl2_jax.planning.slices import TOPOLOGIES
@@ -56,6 +58,11 @@ def plan(
     if save is not None:
         picture.check(save)
     config = config_of(model)
+    if not (topology or search):
+        raise MeshError("plan needs a slice: --topology v5e:2x4, or --search for the smallest that does.")
+    if weights is not None:
+        checked_kind(weights)
+    checked_cache(cache)
     training = None if recipe is None else read_recipe(recipe)
     if search:
         kinds = [kind.strip() for kind in topology.split(",")] if topology else list(TOPOLOGIES)
