@@ -38,6 +38,17 @@ def test_ten_prompts_of_ten_lengths_compile_at_most_two_programs_after_the_first
     assert len(names) <= 2, names
 
 
+def test_a_program_is_compiled_once_whatever_gave_its_arguments(first_layers):
+    """Arrays that nothing has placed, and results of programs, are two kinds of arguments to JAX."""
+    jax.clear_caches()
+    model = vl2_jax.load(first_layers("nano-small"), dtype="bfloat16", chunk_size=64)
+    with counting_compilations() as names:
+        model.generate(question(5), max_tokens=8)
+        model.generate(question(2), max_tokens=8)
+    assert {"jit(prefill_chunk)", "jit(_encode_tiles)", "jit(decode_steps)"} <= set(names)
+    assert len(names) == len(set(names)), names
+
+
 def test_nothing_is_compiled_after_warming_up(fresh):
     fresh.warm_up()
     with counting_compilations() as names:

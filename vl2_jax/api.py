@@ -23,6 +23,7 @@ from vl2_jax.compilation import keep_compiled_programs
 from vl2_jax.config import CONFIG_FILE, PROCESSOR_FILE, VL2Config, WeightKind, read_config
 from vl2_jax.errors import CheckpointError, ConversationError
 from vl2_jax.files import is_file_on, is_remote, path_of, why_not_whole
+from vl2_jax.heap import give_back, give_back_after_compiling
 from vl2_jax.inference.answers import Answer
 from vl2_jax.inference.generate import Generator
 from vl2_jax.inference.options import SamplingOptions
@@ -86,6 +87,7 @@ def load(
       ConfigError, CheckpointError, MeshError, RequestError: see their messages.
     """
     keep_compiled_programs()
+    give_back_after_compiling()
     cache_kind, directory = checked_cache(cache), find_model(model)
     config = read_config(directory)
     if not all(is_file_on(directory / name) for name in (PROCESSOR_FILE, TOKENIZER_FILE)):
@@ -101,6 +103,7 @@ def load(
     params, computed = read_weights(
         directory, config, leaves, wanted, weights, layout, added, merge, arrays, verify, report
     )
+    give_back()
     processor = Processor.from_directory(directory, config)  # small files too are read after the manifest was compared
     return VL2(config, params, processor, computed, chunk_size, layout, cache_kind)
 

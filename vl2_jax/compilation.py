@@ -21,7 +21,7 @@ import jax
 VARIABLE = "VL2_COMPILATION_CACHE"
 _MOST_BYTES = 4 << 30  # the programs used last stay
 _JAX_DEFAULT_SECONDS = 1.0
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+COMPILED = "/jax/core/compile/backend_compile_duration"  # what JAX calls the event
 
 
 def keep_compiled_programs() -> Path | None:
@@ -56,7 +56,7 @@ def counting_compilations() -> Iterator[list[str]]:
     names: list[str] = []
 
     def listen(event: str, duration_secs: float, **about: str | int) -> None:
-        if event == _COMPILED:
+        if event == COMPILED:
             names.append(str(about.get("fun_name", "")))
 
     jax.monitoring.register_event_duration_secs_listener(listen)

@@ -15,6 +15,7 @@ class Timings:
 
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
+    compile_seconds: float = 0.0  # of the decoder, which is compiled before the first text appears, or read from a file
     decode_seconds: float = 0.0
     tiles: int = 0
     prompt_tokens: int = 0

@@ -203,6 +203,9 @@ class Generator:
             report("compiling the decoder", 0, 0)
             nothing = np.zeros(rows, bool), np.int32(0)
             state, *_ = decode_steps(self.model, self.params, state, *nothing, sampler, eos, greedy)
+            jax.block_until_ready(state.step)
+            timings.compile_seconds = time.perf_counter() - begun
+            begun = time.perf_counter()
             first = [[(int(t), float(p))] for t, p in zip(*jax.device_get((token, logprob)))]
         yield first
         steps = 1

@@ -37,7 +37,7 @@ from vl2_jax.ops.latent_attention.absorbed import to_latents, to_values
 from vl2_jax.ops.latent_attention.expanded import expand
 from vl2_jax.ops.latent_attention.forms import attend_to_latents
 from vl2_jax.ops.multi_head_attention.api import multi_head_attention
-from vl2_jax.ops.narrow.product import widened
+from vl2_jax.ops.narrow.product import in_dtype, widened
 from vl2_jax.ops.paging.pages import (
     PAGE,
     AnyHeadPages,
@@ -147,7 +147,9 @@ class LatentAttention(nn.Module):
         latent = norm("kv_a_layernorm")(compressed[..., :rank])
         k_rope = rotate(compressed[..., None, rank:], *tables, interleaved=True)[:, :, 0]
         kv_b = declare(self, "kv_b_proj", init, (rank, heads * (nope + value_dim)), (None, "heads"), self.param_dtype)
-        kv_b, factors = widened(kv_b, self.dtype), adapter_of(self, "kv_b_proj", self.dtype) or ()
+        factors = adapter_of(self, "kv_b_proj", self.dtype) or ()
+        # Over a cache, one device multiplies with a narrow matrix as it is stored; its parts are not cut for a mesh.
+        kv_b = (in_dtype if cache is not None and self.layout == ONE_DEVICE else widened)(kv_b, self.dtype)
         scale = softmax_scale(config)
         with jax.named_scope("latent_attention"):
             if isinstance(placement.pages, OuterCache):

@@ -2,6 +2,8 @@
 
 B sequences, T new rows of each, H heads, R latent rank, P rotated width, n and V widths of a head's key and value, A
 rank of an adapter, N pages.
+
+Heads are multiplied one at a time on a CPU, from `kv_b` as it is stored, and by kernels on TPUs (`projections`).
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.latent_attention.api import latent_attention
+from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import product_by_head, transposed_product_by_head, widened
 from vl2_jax.ops.paging.pages import AnyLatentPages
 
 
@@ -21,7 +25,7 @@ def absorbed_attention(
     q_rotated: Float[Array, "B T H P"],
     new_latents: Float[Array, "B T R"],
     new_rotated: Float[Array, "B T P"],
-    kv_b: Float[Array, "R H*(n+V)"],
+    kv_b: Float[Array, "R H*(n+V)"] | Narrow,
     narrow: Float[Array, "R A"] | None = None,
     wide: Float[Array, "A H*(n+V)"] | None = None,
     *,
@@ -48,7 +52,7 @@ def by_head(columns: Float[Array, "R H*k"], heads: int) -> Float[Array, "R H k"]
 
 def to_latents(
     q_nope: Float[Array, "B T H n"],
-    kv_b: Float[Array, "R H*(n+V)"],
+    kv_b: Float[Array, "R H*(n+V)"] | Narrow,
     narrow: Float[Array, "R A"] | None = None,
     wide: Float[Array, "A H*(n+V)"] | None = None,
 ) -> Float[Array, "B T H R"]:
@@ -58,7 +62,10 @@ def to_latents(
     def plain(q_nope: Array, kv_b: Array) -> Array:
         return jnp.einsum("bthn,rhn->bthr", q_nope, by_head(kv_b, heads)[..., :width])
 
-    out = _chosen(plain, "to_latents", q_nope, kv_b, width)
+    def on_cpu(q_nope: Array, kv_b: Array | Narrow) -> Array:
+        return transposed_product_by_head(q_nope.reshape(-1, heads, width), kv_b, 0).reshape(*q_nope.shape[:3], -1)
+
+    out = _chosen("to_latents", plain, on_cpu, q_nope, kv_b, width)
     if narrow is not None and wide is not None:
         beside = jnp.einsum("bthn,ahn->btha", q_nope, by_head(wide, heads)[..., :width])
         out += jnp.einsum("btha,ra->bthr", beside, narrow)
@@ -67,30 +74,43 @@ def to_latents(
 
 def to_values(
     mixed: Float[Array, "B T H R"],
-    kv_b: Float[Array, "R H*(n+V)"],
+    kv_b: Float[Array, "R H*(n+V)"] | Narrow,
     values_from: int,
     narrow: Float[Array, "R A"] | None = None,
     wide: Float[Array, "A H*(n+V)"] | None = None,
 ) -> Float[Array, "B T H V"]:
     """The values that mixed latents stand for; those of a head begin at `values_from`."""
-    heads = mixed.shape[2]
+    heads, rank = mixed.shape[2:]
+    width = kv_b.shape[1] // heads - values_from
 
     def plain(mixed: Array, kv_b: Array) -> Array:
         return jnp.einsum("bthr,rhv->bthv", mixed, by_head(kv_b, heads)[..., values_from:])
 
-    out = _chosen(plain, "to_values", mixed, kv_b, values_from)
+    def on_cpu(mixed: Array, kv_b: Array | Narrow) -> Array:
+        rows = mixed.reshape(-1, heads, rank)
+        return product_by_head(rows, kv_b, values_from, width).reshape(*mixed.shape[:3], width)
+
+    out = _chosen("to_values", plain, on_cpu, mixed, kv_b, values_from)
     if narrow is not None and wide is not None:
         out += jnp.einsum("btha,ahv->bthv", mixed @ narrow, by_head(wide, heads)[..., values_from:])
     return out
 
 
-def _chosen(plain: Callable[..., Array], name: str, rows: Array, kv_b: Array, values_from: int) -> Array:
-    """`plain`, or the kernel of this name where the program is compiled for a TPU and it takes dtype and shape."""
-    if rows.dtype != jnp.bfloat16:
-        return plain(rows, kv_b)
-    from vl2_jax.ops.latent_attention import projections  # Pallas takes a third of a second to import
+def _chosen(
+    name: str,
+    plain: Callable[[Array, Array], Array],
+    on_cpu: Callable[[Array, Array | Narrow], Array],
+    rows: Array,
+    kv_b: Array | Narrow,
+    values_from: int,
+) -> Array:
+    """`on_cpu` there, on TPUs the kernel of this name if it takes dtype and shape, else `plain`."""
+    wide = widened(kv_b, rows.dtype)
+    forms = {"cpu": lambda rows, _, kv_b: on_cpu(rows, kv_b), "default": lambda rows, wide, _: plain(rows, wide)}
+    if rows.dtype == jnp.bfloat16:
+        from vl2_jax.ops.latent_attention import projections  # Pallas takes a third of a second to import
 
-    if not projections.supports(rows, kv_b, values_from):
-        return plain(rows, kv_b)
-    kernels = {"to_latents": projections.to_latents, "to_values": projections.to_values}
-    return jax.lax.platform_dependent(rows, kv_b, tpu=kernels[name], default=plain)
+        if projections.supports(rows, wide, values_from):
+            kernels = {"to_latents": projections.to_latents, "to_values": projections.to_values}
+            forms["tpu"] = lambda rows, wide, _: kernels[name](rows, wide)
+    return jax.lax.platform_dependent(rows, wide, kv_b, **forms)

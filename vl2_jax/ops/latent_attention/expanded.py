@@ -12,6 +12,8 @@ from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.latent_attention.absorbed import by_head
+from vl2_jax.ops.narrow.kinds import Narrow
+from vl2_jax.ops.narrow.product import product, widened
 from vl2_jax.ops.paging.pages import PAGE, AnyLatentPages, pages_a_sequence
 from vl2_jax.ops.paging.xla import attend_to_filled, read_rows, write_rows
 
@@ -19,7 +21,7 @@ from vl2_jax.ops.paging.xla import attend_to_filled, read_rows, write_rows
 def expand(
     latents: Float[Array, "B S R"],
     rotated: Float[Array, "B S P"],
-    kv_b: Float[Array, "R H*(n+V)"],
+    kv_b: Float[Array, "R H*(n+V)"] | Narrow,
     heads: int,
     values_from: int,
     narrow: Float[Array, "R A"] | None = None,
@@ -31,7 +33,11 @@ def expand(
       values_from: n, where a head's values begin.
       narrow, wide: low-rank factors of an adapter, added to `kv_b`.
     """
-    expanded = jnp.einsum("bsr,rhk->bhsk", latents, by_head(kv_b, heads))
+    if isinstance(kv_b, Narrow):
+        rows = product(latents.reshape(-1, latents.shape[-1]), kv_b)
+        expanded = rearrange(rows, "(b s) (h k) -> b h s k", b=len(latents), h=heads)
+    else:
+        expanded = jnp.einsum("bsr,rhk->bhsk", latents, by_head(kv_b, heads))
     if narrow is not None and wide is not None:
         expanded += jnp.einsum("bsa,ahk->bhsk", latents @ narrow, by_head(wide, heads))
     shared = jnp.broadcast_to(rotated[:, None], (*expanded.shape[:3], rotated.shape[-1]))
@@ -43,7 +49,7 @@ def expanded_attention(
     q_rotated: Float[Array, "B T H P"],
     new_latents: Float[Array, "B T R"],
     new_rotated: Float[Array, "B T P"],
-    kv_b: Float[Array, "R H*(n+V)"],
+    kv_b: Float[Array, "R H*(n+V)"] | Narrow,
     narrow: Float[Array, "R A"] | None = None,
     wide: Float[Array, "A H*(n+V)"] | None = None,
     *,
@@ -59,22 +65,26 @@ def expanded_attention(
       pages, table, positions, scale: see `latent_attention`.
     """
     heads, sequences = q_nope.shape[2], positions.shape[0]
+    whole = widened(kv_b, q_nope.dtype)
     pages = write_rows(pages, (new_latents, new_rotated), table, positions)
 
-    def plain(q_nope: Array, q_rotated: Array, kv_b: Array) -> Array:
+    # A narrow matrix is widened block by block here: what waits for nothing, XLA makes ahead, of all layers at once.
+    def plain(q_nope: Array, q_rotated: Array, kv_b: Array | Narrow, _: Array) -> Array:
         return _over_blocks(q_nope, q_rotated, kv_b, pages, table, positions, scale=scale, factors=(narrow, wide))
 
-    def kernel(q_nope: Array, q_rotated: Array, kv_b: Array) -> Array:
+    def kernel(q_nope: Array, q_rotated: Array, _: Array | Narrow, whole: Array) -> Array:
         from vl2_jax.ops.latent_attention import prefill
 
-        whole = kv_b if narrow is None or wide is None else kv_b + narrow @ wide
+        if narrow is not None and wide is not None:
+            whole += narrow @ wide
         begins = jnp.maximum(positions, 0)  # of a sequence that does nothing, nobody looks at the result
         return prefill.latent_prefill(q_nope, q_rotated, by_head(whole, heads), pages, table, begins, scale)
 
     slots = pages_a_sequence(pages, table, sequences) * PAGE
-    if not _kernel_supports(q_nope, q_rotated, by_head(kv_b, heads), pages, slots):
-        return plain(q_nope, q_rotated, kv_b), pages
-    return jax.lax.platform_dependent(q_nope, q_rotated, kv_b, tpu=kernel, default=plain), pages
+    arguments = (q_nope, q_rotated, kv_b, whole)
+    if not _kernel_supports(q_nope, q_rotated, by_head(whole, heads), pages, slots):
+        return plain(*arguments), pages
+    return jax.lax.platform_dependent(*arguments, tpu=kernel, default=plain), pages
 
 
 def _kernel_supports(q_nope: Array, q_rotated: Array, kv_b: Array, pages: AnyLatentPages, slots: int) -> bool:
@@ -88,7 +98,7 @@ def _kernel_supports(q_nope: Array, q_rotated: Array, kv_b: Array, pages: AnyLat
 def _over_blocks(
     q_nope: Array,
     q_rotated: Array,
-    kv_b: Array,
+    kv_b: Array | Narrow,
     pages: AnyLatentPages,
     table: Array | None,
     positions: Array,

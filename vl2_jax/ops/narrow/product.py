@@ -2,9 +2,10 @@
 
     one row       sums of few stored rows at a time: a stored row is read once, widened in registers, and never written
     more rows     blocks of columns widened to float32, as large as stays near, and multiplied as any array
+    by head       rows of every head with its own columns, a head at a time: nothing is turned so that heads come first
     gradients     of the rows, with the matrix widened again: nothing wide is kept, and a narrow matrix has no gradient
 
-What they take is in `docs/quantisation.md`. N rows, D and F widths of the matrix, E experts.
+What they take is in `docs/quantisation.md`. N rows, D and F widths of the matrix, E experts, H heads.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from vl2_jax.ops.narrow.kinds import Bits, Narrow
 
-_TOGETHER = 16  # stored rows that one trip adds up
-_SUMS = 1 << 14  # numbers that a trip adds to
+_TOGETHER = 8  # stored rows that one trip adds up
+_SUMS = 1 << 15  # numbers that a trip adds to
 _BLOCK = 1 << 20  # numbers of a block: 4 MB
 
 
@@ -39,6 +40,22 @@ def transposed_product(
 ) -> Float[Array, "N D"]:
     """`y @ kernel.T`, or `y @ kernel[expert].T`: the gradient of `product` in `x`, from that of its result."""
     return lax.platform_dependent(y, kernel, expert, cpu=_transposed_on_cpu, default=_whole_transposed)
+
+
+def product_by_head(
+    x: Float[Array, "N H D"], kernel: Float[Array, "D H*F"] | Narrow, begin: int, width: int
+) -> Float[Array, "N H {width}"]:
+    """Each head's rows times `width` of its F columns, from `begin` on."""
+    x = kernel.to_stored_order(x) if isinstance(kernel, Narrow) else x
+    return _by_head(lambda rows, columns: rows @ columns, x, kernel, begin, width)
+
+
+def transposed_product_by_head(
+    y: Float[Array, "N H w"], kernel: Float[Array, "D H*F"] | Narrow, begin: int
+) -> Float[Array, "N H D"]:
+    """Each head's rows times w of its F columns, from `begin` on, transposed."""
+    out = _by_head(lambda rows, columns: rows @ columns.T, y, kernel, begin, y.shape[-1])
+    return kernel.from_stored_order(out) if isinstance(kernel, Narrow) else out
 
 
 def in_dtype(kernel: Any, dtype: Any) -> Any:
@@ -115,6 +132,7 @@ def _one_row(x: Float[Array, "1 D"], kernel: Narrow, expert: Array) -> Float[Arr
 
 def _rows(x: Float[Array, "N D"], kernel: Narrow, expert: Array) -> Float[Array, "N F"]:
     width, (block, columns) = kernel.shape[-1], _blocks_of(kernel, expert)
+    x = kernel.to_stored_order(x)
     if block == width:
         return x @ columns(0)
 
@@ -131,7 +149,7 @@ def _transposed_on_cpu(y: Float[Array, "N F"], kernel: Narrow, expert: Array | N
     block, columns = _blocks_of(kernel, jnp.int32(0) if expert is None else expert)
     (depth, width), wide = kernel.shape[-2:], y.astype(jnp.float32)
     if block == width:
-        return (wide @ columns(0).T).astype(y.dtype)
+        return kernel.from_stored_order(wide @ columns(0).T).astype(y.dtype)
 
     def trip(number: Array, total: Array) -> Array:
         begin = number * block
@@ -139,21 +157,43 @@ def _transposed_on_cpu(y: Float[Array, "N F"], kernel: Narrow, expert: Array | N
         return jnp.where(number == 0, part, total + part)
 
     room = jnp.broadcast_to(wide[:, :1], (y.shape[0], depth))  # as in `_rows`
-    return lax.fori_loop(0, width // block, trip, room).astype(y.dtype)
+    return kernel.from_stored_order(lax.fori_loop(0, width // block, trip, room)).astype(y.dtype)
+
+
+def _by_head(
+    multiply: Callable[[Array, Array], Array],
+    rows: Float[Array, "N H _"],
+    kernel: Float[Array, "D H*F"] | Narrow,
+    begin: int,
+    width: int,
+) -> Float[Array, "N H _"]:
+    heads = rows.shape[1]
+    of_each = kernel.shape[-1] // heads
+
+    def of_head(head: tuple[Array, Array]) -> Array:
+        number, mine = head
+        return multiply(mine, _columns(kernel, number * of_each + begin, width).astype(rows.dtype))
+
+    return jnp.swapaxes(lax.map(of_head, (jnp.arange(heads), jnp.swapaxes(rows, 0, 1))), 0, 1)
 
 
 def _blocks_of(kernel: Narrow, expert: Array) -> tuple[int, Callable[[Array | int], Float[Array, "D block"]]]:
-    """How many columns a block has, and the block that begins at one, widened."""
+    """How many columns a block has, and the block that begins at one, as `_columns`."""
     depth, width = kernel.shape[-2:]
     most = max(1, _BLOCK // depth)
     block = next(n for n in range(min(width, most), 0, -1) if width % n == 0)
+    return block, lambda begin: _columns(kernel, begin, block, expert)
 
-    def columns(begin: Array | int) -> Array:
-        def take(part: Array) -> Array:
-            stacked = part[None] if kernel.ndim == 2 else part
-            begins = (expert, *[0] * (stacked.ndim - 2), begin)
-            return lax.dynamic_slice(stacked, begins, (1, *stacked.shape[1:-1], block))[0]
 
-        return jax.tree.map(take, kernel).widened(jnp.float32)
+def _columns(
+    kernel: Array | Narrow, begin: Array | int, width: int, expert: Array | int = 0
+) -> Float[Array, "D {width}"]:
+    """Columns of a matrix, or of one of those of all experts; what is narrow is widened to float32, in stored order."""
 
-    return block, columns
+    def take(part: Array) -> Array:
+        stacked = part[None] if kernel.ndim == 2 else part
+        begins = (expert, *[0] * (stacked.ndim - 2), begin)
+        return lax.dynamic_slice(stacked, begins, (1, *stacked.shape[1:-1], width))[0]
+
+    taken = jax.tree.map(take, kernel)
+    return taken.widened_in_stored_order(jnp.float32) if isinstance(taken, Narrow) else taken
