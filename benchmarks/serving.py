@@ -99,28 +99,33 @@ def one_by_one(vl2: Any, prompts: list[Any], sampling: Any) -> tuple[list[float]
     return first, between
 
 
-def together(engine: Any, prompts: list[Any], sampling: Any, callers: int) -> tuple[list[float], list[float]]:
+def together(
+    engine: Any, prompts: list[Any], sampling: Any, callers: int, answers: dict[int, list[int]] | None = None
+) -> tuple[list[float], list[float]]:
+    """Seconds to the first token and between tokens of each; ids of prompt number i go to `answers[i]`."""
     from vl2_jax.serving.requests import Failed, Finished, Request, Started
 
     first: list[float] = []
     between: list[float] = []
-    waiting = iter(prompts)
+    waiting = iter(enumerate(prompts))
     lock = threading.Lock()
 
     def call() -> None:
         while True:
             with lock:
-                prompt = next(waiting, None)
+                number, prompt = next(waiting, (0, None))
             if prompt is None:
                 return
             ended, began, started = threading.Event(), time.perf_counter(), [0.0]
 
-            def listen(event: Any, ended: Any = ended, started: list[float] = started) -> None:
+            def listen(event: Any, number: int = number, ended: Any = ended, started: Any = started) -> None:
                 if isinstance(event, Started):
                     started[0] = time.perf_counter()
                 if isinstance(event, Failed):
                     raise SystemExit(str(event.error))
                 if isinstance(event, Finished):
+                    if answers is not None:
+                        answers[number] = event.answer.token_ids
                     ended.set()
 
             engine.submit(Request(prompt, sampling), listen)

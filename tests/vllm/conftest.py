@@ -31,6 +31,26 @@ PICTURES = ("square.png", "wide.png", "tall.png")
 WORDS = ("where", "red", "shape", "beside", "<|User|>", "\\<image>")
 
 
+def options_on_cpu(devices=1):
+    """What vLLM's engine is told where its devices are those of a CPU."""
+    strategy = {"enable_dp_attention": True, "attn_dp_size": devices}
+    return {
+        "tokenizer_mode": "vl2",
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 8,
+        "block_size": 32,
+        "num_gpu_blocks_override": 256,
+        "disable_chunked_mm_input": True,
+        "enforce_eager": True,
+        "async_scheduling": False,  # see JAX_CPU_ENABLE_ASYNC_DISPATCH
+        "limit_mm_per_prompt": {"image": 4},
+        "tensor_parallel_size": devices,
+        "additional_config": {"sharding": {"sharding_strategy": strategy}},
+    }
+
+
 @pytest.fixture(scope="module")
 def make_engine():
     """`make_engine(model)` is vLLM's engine in this process; there is one at a time."""
@@ -41,23 +61,7 @@ def make_engine():
     def make(model, devices=1, **options):
         while running:
             running.pop().llm_engine.engine_core.shutdown()
-        strategy = {"enable_dp_attention": True, "attn_dp_size": devices}
-        defaults = {
-            "tokenizer_mode": "vl2",
-            "dtype": "float32",
-            "max_model_len": 1024,
-            "max_num_batched_tokens": 512,
-            "max_num_seqs": 8,
-            "block_size": 32,
-            "num_gpu_blocks_override": 256,
-            "disable_chunked_mm_input": True,
-            "enforce_eager": True,
-            "async_scheduling": False,  # see JAX_CPU_ENABLE_ASYNC_DISPATCH
-            "limit_mm_per_prompt": {"image": 4},
-            "tensor_parallel_size": devices,
-            "additional_config": {"sharding": {"sharding_strategy": strategy}},
-        }
-        running.append(LLM(str(model), **defaults | options))
+        running.append(LLM(str(model), **options_on_cpu(devices) | options))
         return running[0]
 
     yield make
