@@ -11,7 +11,7 @@ from vl2_jax.ops.grouped_matmul.api import grouped_matmul
 from vl2_jax.ops.narrow.kinds import Bits
 from vl2_jax.ops.narrow.product import product, rows_of, widened
 
-# One segment and many, trips of 16 rows and of one, depths that no block divides, and rows wider than a block.
+# One segment and many, trips of 8 rows and of one, depths that no block divides, and rows wider than a block.
 SHAPES = [(96, 40), (1280, 64), (77, 33), (13, 5), (48, 20000)]
 
 
