@@ -79,13 +79,14 @@ def build() -> Any:
     return VL2(config, init_params(config, jax.random.key(0)), processor.replace(config=sizes), jnp.float32)
 
 
-def question(number: int) -> list[dict[str, Any]]:
+def question(number: int, side: int = 384) -> list[dict[str, Any]]:
+    """A conversation with a picture of its own, `side` pixels wide and high."""
     from PIL import Image
 
     from vl2_jax.api import open_answer
 
     pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
-    picture = Image.fromarray(pixels).resize((384, 384))
+    picture = Image.fromarray(pixels).resize((side, side))
     message = {"role": "user", "content": f"<image>\nWhat stands at place {number}?", "images": [picture]}
     return open_answer([message])
 

@@ -15,12 +15,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tests.vllm.conftest  # noqa: F401 - what a CPU needs, before vLLM is imported
+from tests.vllm.conftest import options_on_cpu  # isort: skip - it sets what JAX and vLLM read when they are imported
+
+import vl2_jax
+from benchmarks.serving import question, together
+from vl2_jax.api import SHIPPED, VL2, find_model
+from vl2_jax.inference.options import SamplingOptions
+from vl2_jax.serving.engine import Engine
+from vl2_jax.serving.requests import Limits
 
 
 def main() -> None:
@@ -30,43 +36,26 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    runs = {"vl2 serve": ours(options), "vLLM": theirs(options)}
-    answers = {name: run() for name, run in runs.items()}  # compiles
-    same = sum(a == b for a, b in zip(*answers.values(), strict=True))
-    print(f"{options.requests} requests, {same} with the same tokens from both")
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(options.rounds):
-        for name, run in runs.items():
-            begun = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - begun)
+    vl2 = vl2_jax.load(SHIPPED, dtype="float32")
+    asked = [question(number, side=112) for number in range(options.requests)]
+    with Engine(vl2, Limits(max_running=options.concurrency, prefix_cache=False)) as engine:
+        runs = {"vl2 serve": ours(vl2, engine, asked, options), "vLLM": theirs(vl2, asked, options)}
+        answers = {name: run() for name, run in runs.items()}  # compiles
+        same = sum(a == b for a, b in zip(*answers.values(), strict=True))
+        print(f"{options.requests} requests, {same} with the same tokens from both")
+        best = dict.fromkeys(runs, float("inf"))
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                begun = time.perf_counter()
+                run()
+                best[name] = min(best[name], time.perf_counter() - begun)
     for name, seconds in best.items():
         print(f"{name:12} {seconds:7.1f} s  {options.requests * options.tokens / seconds:8.1f} tokens/s")
     print(f"ratio {best['vLLM'] / best['vl2 serve']:.2f}")
 
 
-def questions(count: int) -> list[list[dict]]:
-    from PIL import Image
-
-    def asked(number: int) -> list[dict]:
-        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
-        picture = Image.fromarray(pixels).resize((112, 112))
-        return [{"role": "user", "content": f"<image>\nWhat stands at place {number}?", "images": [picture]}]
-
-    return [asked(number) for number in range(count)]
-
-
-def ours(options: argparse.Namespace) -> Callable[[], list[list[int]]]:
-    import vl2_jax
-    from benchmarks.serving import together
-    from vl2_jax.api import open_answer
-    from vl2_jax.inference.options import SamplingOptions
-    from vl2_jax.serving.engine import Engine
-    from vl2_jax.serving.requests import Limits
-
-    vl2 = vl2_jax.load("vl2-nano", dtype="float32")
-    engine = Engine(vl2, Limits(max_running=options.concurrency, prefix_cache=False)).__enter__()
-    prompts = [vl2.processor.encode(open_answer(asked)) for asked in questions(options.requests)]
+def ours(vl2: VL2, engine: Engine, asked: list[Any], options: argparse.Namespace) -> Callable[[], list[list[int]]]:
+    prompts = [vl2.processor.encode(messages) for messages in asked]
     sampling = SamplingOptions(max_tokens=options.tokens, ignore_eos=True)
 
     def run() -> list[list[int]]:
@@ -77,18 +66,14 @@ def ours(options: argparse.Namespace) -> Callable[[], list[list[int]]]:
     return run
 
 
-def theirs(options: argparse.Namespace) -> Callable[[], list[list[int]]]:
+def theirs(vl2: VL2, asked: list[Any], options: argparse.Namespace) -> Callable[[], list[list[int]]]:
     from vllm import LLM, SamplingParams
 
-    import vl2_jax
-    from tests.vllm.conftest import options_on_cpu
     from tests.vllm.test_engine import prompt_of
-    from vl2_jax.api import find_model
 
-    vl2 = vl2_jax.load("vl2-nano", dtype="float32")
     more = {"max_num_seqs": options.concurrency, "enable_prefix_caching": False}
-    engine = LLM(str(find_model("vl2-nano")), **options_on_cpu() | more)
-    prompts = [prompt_of(vl2, asked) for asked in questions(options.requests)]
+    engine = LLM(str(find_model(SHIPPED)), **options_on_cpu() | more)
+    prompts = [prompt_of(vl2, messages) for messages in asked]
     sampling = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
 
     def run() -> list[list[int]]:

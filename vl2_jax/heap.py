@@ -25,7 +25,7 @@ def give_back() -> None:
 
 @functools.cache
 def give_back_after_compiling() -> None:
-    """From now on."""
+    """From now on, `give_back` whenever a program was compiled or read from its file; once a process is enough."""
 
     def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED and duration_secs > _LONG_ENOUGH:

@@ -15,8 +15,8 @@ class Timings:
 
     vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
-    compile_seconds: float = 0.0  # of the decoder, which is compiled before the first text appears, or read from a file
-    decode_seconds: float = 0.0
+    compile_seconds: float = 0.0  # until the decoder is compiled, or read from its file, and there is a first token
+    decode_seconds: float = 0.0  # of all tokens after the first
     tiles: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0

@@ -33,7 +33,7 @@ def expand(
       values_from: n, where a head's values begin.
       narrow, wide: low-rank factors of an adapter, added to `kv_b`.
     """
-    if isinstance(kv_b, Narrow):
+    if isinstance(kv_b, Narrow):  # as a product, which widens a block at a time
         rows = product(latents.reshape(-1, latents.shape[-1]), kv_b)
         expanded = rearrange(rows, "(b s) (h k) -> b h s k", b=len(latents), h=heads)
     else:
