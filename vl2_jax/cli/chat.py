@@ -59,17 +59,26 @@ def chat(
     was_interrupted = False
     while True:
         try:
-            line = _read_line()
-            was_interrupted = False
-            if line is None or talk.hears(line):
-                return
-        except (VL2Error, RuntimeError) as error:  # the latter from a device that has too little memory
-            tell(on_one_line(str(error)), "red")
+            # A loop in here: Python also looks for signals where a loop jumps back, which would lie outside of the try.
+            while (line := _read_line()) is not None:
+                was_interrupted = False
+                if _is_the_end(talk, line):
+                    break
+            return
         except KeyboardInterrupt:
             if was_interrupted:
                 raise
             was_interrupted = True
             tell("\nCtrl-C again, Ctrl-D or /quit ends.")
+
+
+def _is_the_end(talk: Talk, line: str) -> bool:
+    """Whether a line ended the conversation; what fails is told, and does not."""
+    try:
+        return talk.hears(line)
+    except (VL2Error, RuntimeError) as error:  # the latter from a device that has too little memory
+        tell(on_one_line(str(error)), "red")
+        return False
 
 
 class Talk:
