@@ -123,6 +123,24 @@ def test_who_goes_back_to_wait_goes_on_as_if_nothing_was(small):
         assert answer.token_ids == alone.token_ids
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 3), (60.0, 1)])
+def test_a_step_reads_prompts_for_as_long_as_those_who_run_may_wait(small, monkeypatch, seconds, steps):
+    engine, vl2 = small
+    monkeypatch.setattr("vl2_jax.serving.engine._SECONDS_OF_READING", seconds)
+    started = []
+
+    def watch(event):
+        if isinstance(event, Started):
+            started.append(engine.load.steps)
+
+    with engine._changed:  # all are there before the next step
+        hello = [{"role": "user", "content": "hello"}]
+        asked = [Asked(engine, vl2, hello, on_event=watch, max_tokens=9, ignore_eos=True) for _ in range(3)]
+    for one in asked:
+        one.answer()
+    assert len(set(started)) == steps
+
+
 def test_options_of_all_kinds_hold_beside_one_another(small):
     engine, vl2 = small
     kinds = [

@@ -1,10 +1,11 @@
 """One thread that owns the device and answers everybody's requests together, token by token.
 
-A step reads a chunk of the oldest prompt (or looks at a tile that it needs), and decodes one token of everyone who
-runs; several where nobody waits. `schedule` decides who, `device` is what it runs on, `requests` is what callers see.
+A step reads chunks of the oldest prompts (and looks at tiles that they need) for as long as those who run may wait,
+then decodes one token of everyone who runs; several where nobody waits. `schedule` decides who, `device` is what it
+runs on, `requests` is what callers see.
 
     callers' threads   submit --> inbox            listener <-- Started, Piece, ..., Finished
-    the engine's            inbox --> [ cancelled? | chunk of a prompt | tokens of all that run ] --> listener
+    the engine's            inbox --> [ cancelled? | chunks of prompts | tokens of all that run ] --> listener
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vl2_jax.serving")
 
+_SECONDS_OF_READING = 0.05  # in a step; what was begun by then is finished, one chunk at least
 _SECONDS_A_CHUNK = 0.5  # those who run wait no longer than that for a chunk of another's prompt, where chunks allow
 
 
@@ -227,14 +229,16 @@ class Engine:
             if sequence.is_cancelled or self._is_over:
                 sequence.writer.finish_reason = "cancelled"
                 self._end(sequence, self._finished(sequence))
-        reading = self._schedule.next_to_read()
-        if reading is not None:
+        begun = time.perf_counter()
+        while (reading := self._schedule.next_to_read()) is not None:
             try:
                 self._read(reading)
             except Exception as error:
                 if self._device.is_lost:
                     raise
                 self._end(reading, Failed(error))
+            if time.perf_counter() - begun >= _SECONDS_OF_READING:
+                break
         if self._schedule.running:
             self._decode()
 

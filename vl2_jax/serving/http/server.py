@@ -4,6 +4,7 @@ lets running answers finish.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import logging
 import socket
@@ -87,6 +88,8 @@ def run(
     def begin() -> None:
         try:
             service.begin(*load(told))
+            gc.collect()
+            gc.freeze()  # what lives as long as the server is not looked at again; nobody is answered while it is
             when_ready()
         except BaseException as error:  # raised again below, where the process ends
             service.fail()
@@ -97,6 +100,7 @@ def run(
     try:
         server.run([listener])
     finally:
+        gc.unfreeze()
         service.close()
     if server.error is not None:
         raise server.error
