@@ -13,6 +13,7 @@ import vl2_jax
 from tests.conftest import GOLDENS
 from vl2_jax.compilation import VARIABLE, counting_compilations, keep_compiled_programs
 from vl2_jax.inference.chunks import chunking
+from vl2_jax.model.decoder import DecoderLayer
 
 
 def question(number):
@@ -47,6 +48,24 @@ def test_a_program_is_compiled_once_whatever_gave_its_arguments(first_layers):
         model.generate(question(2), max_tokens=8)
     assert {"jit(prefill_chunk)", "jit(_encode_tiles)", "jit(decode_steps)"} <= set(names)
     assert len(names) == len(set(names)), names
+
+
+def test_layers_of_a_kind_are_traced_once_a_program(monkeypatch):
+    """vl2-nano has four layers of two kinds."""
+    jax.clear_caches()
+    model = vl2_jax.load("vl2-nano")
+    trace, traced = DecoderLayer.__call__, []
+
+    def counted(layer, *arguments):
+        traced.append(layer.is_moe)
+        return trace(layer, *arguments)
+
+    monkeypatch.setattr(DecoderLayer, "__call__", counted)
+    with counting_compilations() as names:
+        model.generate(question(0), max_tokens=3)
+    programs = sum(name in ("jit(prefill_chunk)", "jit(decode_steps)") for name in names)
+    assert 0 < traced.count(True) <= programs
+    assert 0 < traced.count(False) <= programs
 
 
 def test_nothing_is_compiled_after_warming_up(fresh):

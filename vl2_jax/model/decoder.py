@@ -108,9 +108,14 @@ class Decoder(nn.Module):
         looped = range(0)
         if self.scan and cache is None and not self.is_initializing():
             looped = range(self.config.first_k_dense_replace, len(self.layers))
+        is_shared = not isinstance(pages, OuterCache) and not self.is_initializing()
         for i, layer in enumerate(self.layers[: len(self.layers) - len(looped)]):
             layer_cache = None if cache is None else cache[i]
-            x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
+            if layer_cache is not None and is_shared:
+                alone, variables = self._layer(self.config.is_moe_layer(i)), variables_of(self, f"layers_{i}")
+                x, layer_cache, routing = _applied(alone, variables, x, placement, layer_cache, absorbed)
+            else:
+                x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
             x = self.layout.constrain(x, "batch", None, None)
             if layer_cache is not None and not isinstance(pages, OuterCache):
                 layer_cache = laid_out(layer_cache, self.layout)
@@ -132,7 +137,7 @@ class Decoder(nn.Module):
 
     def _loop(self, x: Array, placement: Placement, layers: range) -> tuple[Array, Routing]:
         """Mixture-of-experts layers as one loop; their routings are stacked."""
-        layer = DecoderLayer(self.config, True, self.dtype, self.param_dtype, self.layout, parent=None)
+        layer = self._layer(is_moe=True)
 
         def body(x: Array, variables: Any) -> tuple[Array, Any]:
             told: Any = layer.apply(variables, x, placement, None, None)
@@ -141,6 +146,10 @@ class Decoder(nn.Module):
 
         variables = [variables_of(self, f"layers_{i}") for i in layers]
         return scan_layers(body, x, variables, self.dtype, self.remat)
+
+    def _layer(self, is_moe: bool) -> DecoderLayer:
+        """A layer that holds no parameters."""
+        return DecoderLayer(self.config, is_moe, self.dtype, self.param_dtype, self.layout, parent=None)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits; the product itself is in `dtype`, as released (SPEC 5)."""
@@ -184,6 +193,23 @@ class DecoderLayer(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         mlp = GatedMLP(config.intermediate_size, self.dtype, self.param_dtype, init, name="mlp")
         return x + mlp(normed), cache, None
+
+
+@partial(jax.jit, static_argnames=("layer", "absorbed"))
+def _applied(
+    layer: DecoderLayer,
+    variables: Any,
+    x: Float[Array, "B T D"],
+    placement: Placement,
+    cache: LayerCache,
+    absorbed: bool | None,
+) -> tuple[Float[Array, "B T D"], LayerCache, Routing | None]:
+    """Layers of a kind are traced and lowered once, and not in each of their places: a program of Small has 26 alike.
+
+    In the compiled program nothing is left of it: XLA puts a called function in its place.
+    """
+    told: Any = layer.apply(variables, x, placement, cache, absorbed)
+    return told
 
 
 def init_cache(
