@@ -47,7 +47,7 @@ print(subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 # %%
 vl2 = vl2_jax.load("vl2-nano", dtype="float32")
-asked = ask_all(vl2, 10, 5, SceneSizes())
+asked = ask_all(vl2, 30, 5, SceneSizes())
 wrong = [one for one in asked if one.score < 1]
 print(f"{len(asked)} questions, {len(wrong)} not wholly right")
 for one in wrong[:6]:
