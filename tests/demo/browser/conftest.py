@@ -61,6 +61,7 @@ class Tab:
         self.question.fill(text)
         self.question.press("Enter")
         expect(self.answers).to_have_count(before + 1)
+        expect(self.question).to_have_value("")  # else what is typed next may be taken away with it
         if waits:
             self.wait()
 
