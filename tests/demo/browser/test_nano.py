@@ -18,7 +18,7 @@ ANSWERS = {  # of the scenes that are drawn, by what was drawn
     "Count": ["2"],
     "Read": ["LAND"],
     "Locate": ["the square"],
-    "Describe with boxes": ["a large blue square, the word LAND in orange and a small yellow diamond."],
+    "Describe with boxes": ["a large green diamond, the word BOX in orange and a small yellow cross."],
     "Two pictures": ["the first"],
     "What is not there": ["red ring"],
     "Several questions": ["A large purple ring, the word JUMP in purple and a small blue circle.", "2", "JUMP"],

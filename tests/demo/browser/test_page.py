@@ -111,6 +111,20 @@ def test_a_photograph_goes_into_the_question(site, tab):
     assert len(site.engine.requests[-1].prompt.image_sizes) == 1
 
 
+def test_a_question_beside_an_answer_is_told_and_not_lost(site, tab):
+    site.engine.script, site.engine.seconds = lambda request: "one two three four " * 20, 0.03
+    tab.ask("Count", waits=False)
+    expect(tab.answers).to_contain_text("three")
+    tab.question.fill("And then?")
+    tab.question.press("Enter")
+    expect(tab.page.get_by_text("is being answered")).to_be_visible()
+    expect(tab.question).to_have_value("And then?")
+    tab.page.click("#box .stop-button")
+    tab.wait()
+    tab.question.press("Enter")
+    expect(tab.answers).to_have_count(2)
+
+
 def test_an_answer_is_stopped_and_the_next_question_knows_what_was_read(site, tab):
     site.engine.script, site.engine.seconds = lambda request: "one two three four " * 20, 0.03
     cancelled = site.engine.cancelled

@@ -111,7 +111,9 @@ def make_page(service: Service, gallery: Gallery) -> gr.Blocks:
                     settings = _settings()
 
         silent = {"show_progress": "hidden", "api_visibility": "private"}  # the parts themselves show what goes on
-        asking, quick = {**silent, "concurrency_limit": _AT_ONCE}, {**silent, "queue": False}
+        quick = {**silent, "queue": False}
+        # By default a browser drops what is asked before it was told that the last answer is over, and says nothing.
+        asking = {**silent, "concurrency_limit": _AT_ONCE, "trigger_mode": "multiple"}
         wishes, shown = [talk, *settings], [chat, tiles, usage, box]
         box.submit(events.ask, [box, *wishes], shown, **asking)
         chat.retry(events.retry, wishes, shown, **asking)

@@ -32,8 +32,8 @@ EXAMPLES = (
     Example("Describe", (21,), ("Describe the picture.",)),
     Example("Count", (62,), ("How many shapes are there?",)),
     Example("Read", (59,), ("What is written here?",)),
-    Example("Locate", (2,), ("Locate <|ref|>the square<|/ref|> in the given image.",)),
-    Example("Describe with boxes", (59,), ("<|grounding|>Describe the picture.",)),
+    Example("Locate", (75,), ("Locate <|ref|>the square<|/ref|> in the given image.",)),
+    Example("Describe with boxes", (22,), ("<|grounding|>Describe the picture.",)),
     Example("Two pictures", (16, 21), ("Which picture shows a star?",)),
     Example("What is not there", (16,), ("Which of these is not there: yellow star, red ring or purple cross?",)),
     Example(
