@@ -174,6 +174,7 @@ async def measure(bench: Bench, options: argparse.Namespace) -> None:
     same = sum(told.text == texts[number] for number, told in zip(numbers, together))
     bench.row("R9 answers among 32, in other orders", f"{same} of 96 equal to those alone", same == 96, "all")
 
+    before = bench.memory() if bench.pid else 0.0
     begun = time.perf_counter()
     seen: list[float] = []
     watching = asyncio.ensure_future(watch_health(bench, seen))
@@ -229,6 +230,8 @@ async def measure(bench: Bench, options: argparse.Namespace) -> None:
     compiled = bench.gauge("compilations_total")
     bench.row("L5 programs compiled since it was ready", f"{compiled:.0f}", compiled == 0, "none")
     if bench.pid:
+        grown = memory - before
+        bench.row("L5 memory of L1", f"{grown:+.0f} of {before:.0f} MB", grown < 0.1 * before, "below 10 % more")
         grown = bench.memory() - memory
         bench.row("L5 memory since L1", f"{grown:+.0f} of {memory:.0f} MB", grown < 0.01 * memory, "below 1 % more")
 

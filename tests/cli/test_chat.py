@@ -138,7 +138,7 @@ def _line_with(stream, *words):
     return next(line for line in iter(stream.readline, b"") if any(word in line for word in words))
 
 
-def _what_is_there(stream):
+def _drop_what_is_there(stream):
     os.set_blocking(stream.fileno(), False)
     stream.read()
     os.set_blocking(stream.fileno(), True)
@@ -159,7 +159,7 @@ def test_a_real_conversation_goes_on_after_ctrl_c():
             chat.stdin.write(b"/help\n" + message)
             chat.stdin.flush()
             _line_with(chat.stderr, b"//...")  # of the help: what came before it is over
-            _what_is_there(chat.stdout)
+            _drop_what_is_there(chat.stdout)
             assert len(chat.stdout.read(20)) == 20  # a prompt or two, and some of an answer of thousands of tokens
             chat.send_signal(signal.SIGINT)
             told += [_line_with(chat.stderr, b"stopped\n", b"Ctrl-C again")]

@@ -1,5 +1,6 @@
 """The process: what is wrong is told before anything is loaded, and its end lets answers finish."""
 
+import gc
 import json
 import os
 import signal
@@ -13,13 +14,15 @@ import httpx
 import pytest
 
 from vl2_jax.cli import main
-from vl2_jax.errors import RequestError
-from vl2_jax.serving.http.server import Server, bind, is_loopback
+from vl2_jax.errors import RequestError, VL2Error
+from vl2_jax.progress import silent
+from vl2_jax.serving.http.server import Server, bind, is_loopback, run
 from vl2_jax.serving.http.service import Service, Settings
 from vl2_jax.serving.requests import Limits, Stage
 
 from .conftest import NAME, ask, wait_until
 from .pictures import png
+from .scripted import ScriptedEngine
 
 SERVED = """
 import sys, time, types
@@ -306,3 +309,17 @@ def test_a_body_that_comes_too_slowly_is_not_waited_for(make_server, monkeypatch
             head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             connection.sendall(head + b"Content-Length: 100\r\n\r\n{")
             assert connection.recv(65536).startswith(b"HTTP/1.1 408")
+
+
+def test_what_lives_as_long_as_the_server_is_kept_from_the_garbage_collector(processor):
+    frozen = []
+
+    def when_ready():
+        frozen.append(gc.get_freeze_count())
+        raise VL2Error("enough")
+
+    service = Service(Settings(names=(NAME,)))
+    with pytest.raises(VL2Error, match="enough"):
+        run(service, bind("127.0.0.1", 0), lambda _: (ScriptedEngine(processor), processor), 1, silent, when_ready)
+    assert frozen[0] > 10_000
+    assert gc.get_freeze_count() == 0

@@ -108,16 +108,16 @@ class Decoder(nn.Module):
         looped = range(0)
         if self.scan and cache is None and not self.is_initializing():
             looped = range(self.config.first_k_dense_replace, len(self.layers))
-        is_shared = not isinstance(pages, OuterCache) and not self.is_initializing()
+        is_ours = not isinstance(pages, OuterCache)  # the cache; another's is no argument that JAX traces
         for i, layer in enumerate(self.layers[: len(self.layers) - len(looped)]):
             layer_cache = None if cache is None else cache[i]
-            if layer_cache is not None and is_shared:
+            if layer_cache is not None and is_ours:
                 alone, variables = self._layer(self.config.is_moe_layer(i)), variables_of(self, f"layers_{i}")
                 x, layer_cache, routing = _applied(alone, variables, x, placement, layer_cache, absorbed)
             else:
                 x, layer_cache, routing = layer(x, placement, layer_cache, absorbed)
             x = self.layout.constrain(x, "batch", None, None)
-            if layer_cache is not None and not isinstance(pages, OuterCache):
+            if layer_cache is not None and is_ours:
                 layer_cache = laid_out(layer_cache, self.layout)
             self.sow("intermediates", "layer_out", x)
             new_cache.append(layer_cache)
@@ -206,7 +206,7 @@ def _applied(
 ) -> tuple[Float[Array, "B T D"], LayerCache, Routing | None]:
     """Layers of a kind are traced and lowered once, and not in each of their places: a program of Small has 26 alike.
 
-    In the compiled program nothing is left of it: XLA puts a called function in its place.
+    XLA puts what is called in its place before it optimises.
     """
     told: Any = layer.apply(variables, x, placement, cache, absorbed)
     return told
